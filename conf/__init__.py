@@ -1,0 +1,1 @@
+"""Hydra configuration of the `lightning-offload` command, installed as `lightning_offload.conf`."""

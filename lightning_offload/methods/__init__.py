@@ -1,0 +1,1 @@
+"""What happens to a parameter: numerics and memory put together, without Lightning."""
