@@ -1,0 +1,216 @@
+"""Leaving: a Hugging Face folder that loads elsewhere, and the weights of a Lightning checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_offload.errors import CheckpointError, OffloadError
+
+_GIB = 1024**3
+_CHECK_SHAPE = (2, 16)
+_SAME_DTYPE_TOLERANCE = 1e-5
+_ROUNDINGS = 16  # of the coarser dtype's epsilon: what a cast may move a logit by, relative to the largest
+
+
+def export_to_hf(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_gib: float = 2.0,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a Hugging Face folder, reload it and compare logits; nothing appears at ``path`` unless they agree.
+
+    The folder is written beside ``path`` and renamed, so a kill leaves what was there before. Shards are written
+    one after another and tied weights once. Peak host memory is one shard while writing; the check then holds a
+    second copy of the model, on the model's own device.
+
+    Args:
+        module: A ``CausalLM`` (anything with ``.network``) or a transformers ``PreTrainedModel``.
+        path: The folder to write. An earlier export there is replaced.
+        tokenizer: Saved with the model. Default: ``module.tokenizer``, if there is one.
+        max_shard_gib: Largest size of one ``.safetensors`` file, in GiB.
+        dtype: Floating-point dtype to store. Default: each weight's own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: ``module`` holds no transformers model.
+        FileExistsError: ``path`` holds something that is no exported model.
+        OffloadError: The reloaded logits differ; both values are in the message.
+    """
+    target = Path(path)
+    network = _network_of(module)
+    tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
+    _check_replaceable(target)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _without_progress_bars():
+            network.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB))
+            if dtype is not None:
+                _cast_folder(staging, dtype)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            _check_logits(network, staging)
+        _move(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the memory-mapped ``state_dict`` of a Lightning checkpoint, without running code stored in it.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or no Lightning checkpoint.
+    """
+    if not os.path.isfile(checkpoint):
+        raise CheckpointError(f"no checkpoint at {os.fspath(checkpoint)!r}")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{os.fspath(checkpoint)!r} cannot be read as a checkpoint; it may have been cut off while it was "
+            f"written, so use an earlier one ({reason})"
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{os.fspath(checkpoint)!r} is no Lightning checkpoint: it has no 'state_dict'")
+    return dict(content["state_dict"])
+
+
+def check_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the checkpoint's weights, having checked that they are this module's by name and shape.
+
+    Raises:
+        CheckpointError: As for `read_weights`, or the first tensor in which checkpoint and model differ.
+    """
+    stored, own = read_weights(checkpoint), module.state_dict()
+    for name in [*own, *(name for name in stored if name not in own)]:
+        if name in stored and name in own and stored[name].shape == own[name].shape:
+            continue
+        raise CheckpointError(
+            f"{os.fspath(checkpoint)!r} belongs to another model; first differing tensor: {name!r} is "
+            f"{_shape(stored, name)} in the checkpoint and {_shape(own, name)} in the model"
+        )
+    return stored
+
+
+def load_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    """Copy the weights of a Lightning checkpoint into a fresh module of the same shape (see `check_weights`)."""
+    module.load_state_dict(check_weights(module, checkpoint))
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+
+def _network_of(module: nn.Module) -> Any:
+    network = getattr(module, "network", module)
+    if not hasattr(network, "save_pretrained"):
+        raise TypeError(
+            "`export_to_hf` needs a transformers model, or a module with one at `.network`; "
+            f"got {type(module).__name__}"
+        )
+    return network
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what this function did not write: a wrong path must not cost anybody a folder."""
+    if target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file()):
+        return
+    if target.exists():
+        raise FileExistsError(f"{str(target)!r} exists and is no exported model; choose another folder")
+
+
+def _move(staging: Path, target: Path) -> None:
+    replaced = staging.with_suffix(".old")
+    if target.exists():
+        target.rename(replaced)
+    staging.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _cast_folder(folder: Path, dtype: torch.dtype) -> None:
+    """Rewrite shard by shard: casting before saving would hold a second model in memory."""
+    from safetensors.torch import load_file, save_file
+
+    total_bytes = 0
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(shard).items()}
+        total_bytes += sum(t.nbytes for t in tensors.values())
+        save_file(tensors, shard, metadata={"format": "pt"})
+    _edit_json(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        metadata = json.loads(index.read_text())["metadata"]
+        _edit_json(index, {"metadata": {**metadata, "total_size": total_bytes}})
+
+
+def _edit_json(file: Path, changes: dict[str, Any]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
+
+
+def _check_logits(network: Any, folder: Path) -> None:
+    reloaded = (
+        type(network)
+        .from_pretrained(folder, dtype="auto", attn_implementation=network.config._attn_implementation)
+        .to(network.device)
+    )
+    vocabulary = network.get_input_embeddings().num_embeddings
+    tokens = torch.randint(vocabulary, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
+    expected, got = (_logits(model, tokens) for model in (network, reloaded))
+    if not expected.isfinite().all():
+        raise OffloadError("the model's logits are not finite, so its training diverged; nothing was exported")
+    worst = int((expected - got).abs().argmax())
+    want, have = expected.flatten()[worst].item(), got.flatten()[worst].item()
+    allowed = _tolerance(network.dtype, reloaded.dtype) * expected.abs().max().item()
+    if not abs(want - have) <= allowed:
+        raise OffloadError(
+            f"the exported model differs after reloading: logit {want:.6g} became {have:.6g}, allowed is a "
+            f"difference of {allowed:.2g}; nothing was exported"
+        )
+
+
+def _tolerance(before: torch.dtype, after: torch.dtype) -> float:
+    if before == after:
+        return _SAME_DTYPE_TOLERANCE
+    return _ROUNDINGS * max(torch.finfo(before).eps, torch.finfo(after).eps)
+
+
+@torch.no_grad()
+def _logits(network: Any, tokens: Tensor) -> Tensor:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        logits: Tensor = network(input_ids=tokens.to(network.device), use_cache=False).logits
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return logits.float().cpu()
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,178 @@
+"""Export to a Hugging Face folder and reading checkpoints back, on models of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from lightning_offload.errors import CheckpointError, OffloadError
+from lightning_offload.export import check_weights, export_to_hf, load_weights
+
+LLAMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**LLAMA),
+    "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32),  # tied, with dropout
+}
+
+
+def build(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            assert not tensors.keys() & file.keys()
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_has_every_parameter_once(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build(name, dtype)
+    folder = export_to_hf(model, tmp_path / "hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+    assert (folder / "generation_config.json").is_file()
+    tensors = stored(folder)
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for (key, mine), theirs in zip(model.state_dict().items(), reloaded.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), key
+        assert mine.dtype == theirs.dtype
+
+
+def test_shards_stay_under_the_limit_and_are_indexed(tmp_path: Path) -> None:
+    limit_bytes = 8192
+    folder = export_to_hf(build(), tmp_path / "hf", max_shard_gib=limit_bytes / 1024**3)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["weight_map"].keys() == stored(folder).keys()
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= limit_bytes  # noqa: SIM118
+
+
+def test_dtype_is_cast_in_every_shard_and_in_the_config(tmp_path: Path) -> None:
+    model = build("llama-tied")
+    folder = export_to_hf(model, tmp_path / "hf", dtype=torch.bfloat16, max_shard_gib=8192 / 1024**3)
+    assert {t.dtype for t in stored(folder).values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored(folder).values())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_module_is_left_as_it_was_and_its_tokenizer_is_saved(tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "tokenizer.json").write_text("{}")
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.tokenizer = build("gpt2"), Tokenizer()
+
+    module = Module().train()
+    module.network.transformer.ln_f.eval()
+    folder = export_to_hf(module, tmp_path / "hf")
+    assert (folder / "tokenizer.json").is_file()
+    assert module.network.training
+    assert not module.network.transformer.ln_f.training
+
+
+def test_an_export_is_replaced_but_no_other_folder(tmp_path: Path) -> None:
+    folder = export_to_hf(build(), tmp_path / "hf")
+    (folder / "left_over").touch()
+    export_to_hf(build(), folder)
+    assert not (folder / "left_over").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    with pytest.raises(FileExistsError, match=r"thesis.*choose another folder"):
+        export_to_hf(build(), tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_different_logits_are_an_error_with_both_numbers_and_leave_the_old_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = export_to_hf(build(), tmp_path / "hf"), build()
+    config = (folder / "config.json").read_bytes()
+    save = model.save_pretrained
+
+    def damage(path: Path, **options: int) -> None:
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+            save(path, **options)
+            model.lm_head.weight.sub_(1.0)
+
+    monkeypatch.setattr(model, "save_pretrained", damage)
+    with pytest.raises(OffloadError, match=r"logit -?[\d.]+ became -?[\d.]+, allowed"):
+        export_to_hf(model, folder)
+    assert (folder / "config.json").read_bytes() == config
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_diverged_model_is_not_exported(tmp_path: Path) -> None:
+    model = build()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(OffloadError, match="diverged"):
+        export_to_hf(model, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_without_a_transformers_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"transformers model.*Linear"):
+        export_to_hf(nn.Linear(2, 2), tmp_path / "hf")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.save({"state_dict": build().state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+def test_weights_load_into_a_fresh_module(checkpoint: Path) -> None:
+    torch.manual_seed(1)
+    fresh = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    load_weights(fresh, checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), build().parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_named(checkpoint: Path, share: float) -> None:
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"a\.ckpt.*cut off"):
+        check_weights(build(), checkpoint)
+
+
+def test_another_models_checkpoint_names_the_first_differing_tensor(checkpoint: Path) -> None:
+    wider = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "intermediate_size": 48}))
+    with pytest.raises(
+        CheckpointError, match=r"a\.ckpt.*'model.layers.0.mlp.gate_proj.weight' is \(32, 16\).*\(48, 16\)"
+    ):
+        check_weights(wider, checkpoint)
+    deeper = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"'model.layers.2.*is absent in the checkpoint"):
+        check_weights(deeper, checkpoint)
+    shallower = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"'model.layers.1.*absent in the model"):
+        check_weights(shallower, checkpoint)
+
+
+def test_a_missing_checkpoint_and_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        check_weights(build(), tmp_path / "none.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(CheckpointError, match="no Lightning checkpoint"):
+        check_weights(build(), tmp_path / "list.ckpt")
