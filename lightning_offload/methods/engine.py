@@ -1,0 +1,448 @@
+"""The engine: hangs a method on a module and an optimizer, and drives it through training steps.
+
+It knows nothing of Lightning; ten lines drive it::
+
+    engine = Engine(module, optimizer, Full(FullSettings()), lanes, DTypes())
+    for batch in batches:
+        with engine.micro_batch():
+            loss = module(batch)
+        engine.stepping = True
+        loss.backward()
+        engine.step()
+    engine.detach()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_offload.errors import CheckpointError, NonFiniteError, OffloadError
+from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.methods.base import Clip, DTypes, Flight, Part, StepReport, Trained, Verdict
+from lightning_offload.methods.full import Full
+from lightning_offload.methods.host import HostOptimizer, settle, weight_dtype
+from lightning_offload.methods.resident import ResidentOptimizer
+from lightning_offload.methods.rules import Rule, frozen_groups, rule_for
+from lightning_offload.methods.verdict import Judge
+
+MASTERS, GRADIENTS, SKIPS, METHOD = "masters", "gradients", "skips", "method"
+"""Keys of the checkpointed extras; everything else is rebuilt."""
+
+
+class Engine:
+    """See the module docstring.
+
+    Attributes:
+        stepping: Set before the backward of the last micro-batch of a step; gradients then leave as they arrive.
+        gradients_visible: Whether somebody reads or writes ``p.grad`` between backward and step; gradients then stay.
+        report: What the last step did that the host has finished judging.
+
+    Args:
+        module: The module to train; its ``Parameter`` objects must be final. Weights may be on the CPU or on the
+            device, in any dtype: masters are taken from them before they are rounded to ``dtypes.compute``.
+        optimizer: Carries learning rate and groups; its own state stays empty.
+        method: What happens to claimed parameters.
+        lanes: Where it happens.
+        dtypes: Which dtype lives where.
+        machine: Checked for host memory before anything is allocated; ``None`` skips the check.
+        expects_clip: Whether steps will be clipped, so that norms are taken as gradients leave.
+
+    Raises:
+        PartitionError: A model or ``blocks`` that cannot be split.
+        HostMemoryError: The arenas do not fit, with ``on_misfit="error"``.
+        ValueError: An optimizer or a parameter that cannot be offloaded.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: Full,
+        lanes: Lanes,
+        dtypes: DTypes,
+        *,
+        machine: Machine | None = None,
+        expects_clip: bool = False,
+    ) -> None:
+        self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
+        self.stepping = False
+        self.gradients_visible = False
+        self.report = StepReport()
+        self.units = partition(module, method.settings.blocks)
+        self.flights = [Flight() for _ in self.units]
+        self.rule = rule_for(optimizer)
+        self._expects_clip = expects_clip
+        self._steps = 0
+        self._undo: list[Callable[[], Any]] = []
+        self._early: set[int] = set()  # units whose weights are used before their own hook fires
+        self._recorded = False
+
+        trained = self._find_trained()
+        offloaded = [t for t in trained if method.claims(t.name, t.parameter, t.unit)]
+        chosen = {id(t) for t in offloaded}
+        if machine is not None:
+            self._require_host(machine, offloaded)
+        on_host = method.settings.accumulate == "host"
+        wants_norms = method.settings.skip_nonfinite or expects_clip
+        self.host = HostOptimizer(
+            offloaded, self.rule, lanes, dtypes, accumulate_on_host=on_host, wants_norms=wants_norms
+        )
+        self.resident = ResidentOptimizer([t for t in trained if id(t) not in chosen], self.rule, lanes, dtypes)
+        self.parts: tuple[Part, ...] = (self.host, self.resident)
+        self.trained = trained
+        self._part_of = {id(t): part for part in self.parts for t in part.trained}
+        self._judge = Judge(lanes, len(trained)) if wants_norms else None
+        self._settle_frozen()
+        self._install()
+
+    # What the strategy calls, in the order of a step.
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one forward of training.
+
+        Hooks make each unit wait for its own weights. Weights that are used outside their unit's own forward
+        (functionally, or by a module that was never called) are found in the first one and waited for here.
+        """
+        for index in self._early:
+            self.flights[index].land(self.lanes)
+        if self._recorded or self._compiled:
+            yield
+            return
+        recorder = _EarlyUse(self.units, self.flights)
+        with recorder:
+            yield
+        self._early, self._recorded = recorder.early, True
+
+    def step(self, clip: Clip | None = None) -> None:
+        """Issue one optimizer step with every gradient there is, clipped as ``clip`` says.
+
+        Returns before it is done: ``flush`` waits for it.
+
+        Raises:
+            NonFiniteError: More than ``max_skips`` steps in a row had a non-finite gradient norm (raised here, or by
+                the next call that finds it).
+            OffloadError: A parameter became trainable after the engine was attached.
+        """
+        self._refuse_strangers()
+        for part in self.parts:
+            part.collect()
+        present = [t for t in self.trained if self._part_of[id(t)].has_gradient(t)]
+        self.stepping = False
+        if not present:
+            return
+        self._steps += 1
+        backward_done = self.lanes.compute()
+        verdict = Verdict(clip, self.method.settings.skip_nonfinite, self._steps, [t.name for t in present])
+        if self._judge is not None:
+            self._judge.decide(verdict, present, self.host, backward_done)
+            self._judge.readers = [self._issue_report(verdict)]
+        elif verdict.clips_norm:
+            raise OffloadError("The step is to be clipped by norm, but no norms were taken: `expects_clip` is False")
+        groups = frozen_groups(self.optimizer)
+        for part in self.parts:
+            readers = part.update(groups, verdict, backward_done)
+            if self._judge is not None:
+                self._judge.readers += readers
+
+    def publish(self) -> None:
+        """Compute issued from here on sees every new weight."""
+        for flight in self.flights:
+            flight.land(self.lanes)
+
+    def flush(self) -> None:
+        """Wait until nothing is in flight: every parameter of the module equals its rounded master."""
+        self.lanes.synchronize()
+        for flight in self.flights:
+            flight.waited = True
+
+    def adopt(self) -> None:
+        """Take over weights that somebody else wrote: where a weight differs from its rounded master."""
+        self.flush()
+        for part in self.parts:
+            part.adopt()
+
+    def drop(self) -> None:
+        """After an exception: let what is in flight land, and forget the gradients of the unfinished step."""
+        try:
+            self.flush()
+        finally:
+            self.stepping = False
+            for part in self.parts:
+                part.drop()
+
+    def detach(self) -> None:
+        """Remove everything the engine hung on the module and the optimizer; weights keep their latest values."""
+        self.close()
+        while self._undo:
+            self._undo.pop()()
+
+    def close(self) -> None:
+        """Land what is in flight, stop workers, free device buffers; state stays readable. Idempotent."""
+        try:
+            self.flush()
+        finally:
+            self.lanes.close()
+
+    # State, by parameter name.
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every offloaded weight as a CPU tensor that shares the arenas' memory: no second copy."""
+        self.flush()
+        return {t.name: self.host.weight_of(t) for t in self.host.trained}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state as ``torch.optim.Optimizer.state_dict`` has it, as CPU tensors."""
+        self.flush()
+        packed: dict[str, Any] = self.optimizer.state_dict()
+        states = {t.position: self._part_of[id(t)].state_of(t) for t in self.trained}
+        packed["state"] = {position: state for position, state in sorted(states.items()) if state}
+        return packed
+
+    def load_optimizer_state(self, packed: dict[str, Any]) -> None:
+        """The inverse of ``optimizer_state``; moments keep the engine's dtype, whatever dtype they come in.
+
+        Raises:
+            CheckpointError: The state belongs to another optimizer or another model.
+        """
+        self.flush()
+        try:
+            self.optimizer.load_state_dict({"state": {}, "param_groups": packed["param_groups"]})
+        except ValueError as error:
+            raise CheckpointError(f"The optimizer state of the checkpoint does not fit this optimizer: {error}") from error
+        for t in self.trained:
+            state = packed["state"].get(t.position, {})
+            _check_shapes(t, state)
+            self._part_of[id(t)].load_state_of(t, state)
+
+    def extras(self) -> dict[str, Any]:
+        """What torch's layout has no place for: masters, gradients of an unfinished window, skips."""
+        self.flush()
+        masters = {t.name: m.cpu() for t in self.trained if (m := self._part_of[id(t)].master_of(t)) is not None}
+        gradients = {}
+        for t in self.trained:
+            pending = self._part_of[id(t)].pending_of(t)
+            pending = t.parameter.grad if pending is None else pending
+            if pending is not None:
+                gradients[t.name] = pending.detach().cpu()
+        report = self.report
+        skips = {"in_a_row": report.skipped_in_a_row, "total": report.skipped_total, "steps": self._steps}
+        return {METHOD: self.method.name, MASTERS: masters, GRADIENTS: gradients, SKIPS: skips}
+
+    @torch.no_grad()
+    def load_extras(self, extras: dict[str, Any]) -> None:
+        """The inverse of ``extras``; weights follow their masters."""
+        self.flush()
+        for t in self.trained:
+            master = self._part_of[id(t)].master_of(t)
+            if master is not None and t.name in extras[MASTERS]:
+                master.copy_(extras[MASTERS][t.name])
+                t.parameter.copy_(master)
+            self._load_gradient(t, extras[GRADIENTS].get(t.name))
+        skips = extras[SKIPS]
+        self._steps = skips["steps"]
+        self.report = StepReport(
+            step=self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"]
+        )
+
+    def _load_gradient(self, trained: Trained, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        if trained in self.host.trained and self.method.settings.accumulate == "host":
+            self.host.load_pending_of(trained, gradient)
+        else:
+            trained.parameter.grad = gradient.to(trained.parameter.device, trained.parameter.dtype, copy=True)
+
+    # Attaching.
+
+    def _find_trained(self) -> list[Trained]:
+        """The optimizer's trainable parameters, in its order, with the units that own them."""
+        owner = {id(p): (name, unit) for unit in self.units for name, p in unit.parameters.items()}
+        trained, position = [], 0
+        for index, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) not in owner:
+                    raise ValueError(
+                        f"Parameter {position} of the optimizer (shape {tuple(parameter.shape)}) is not a parameter of "
+                        "the module. Build the optimizer from `self.parameters()`, after the module is final."
+                    )
+                name, unit = owner[id(parameter)]
+                if parameter.requires_grad:
+                    _check_dtype(name, parameter)
+                    trained.append(Trained(name, parameter, unit, self.flights[unit.index], index, position))
+                position += 1
+        return trained
+
+    def host_bytes(self, offloaded: Sequence[Trained]) -> int:
+        """Exactly what the host arenas hold for these parameters."""
+        on_host = self.method.settings.accumulate == "host"
+        return sum(
+            t.parameter.numel()
+            * HostOptimizer.bytes_per_element(
+                weight_dtype(t.parameter, self.dtypes), self.rule, accumulate_on_host=on_host
+            )
+            for t in offloaded
+        )
+
+    def _require_host(self, machine: Machine, offloaded: Sequence[Trained]) -> None:
+        machine.require_host(
+            self.host_bytes(offloaded),
+            what=f"method `{self.method.name}` on {sum(t.parameter.numel() for t in offloaded):,} parameters",
+            on_misfit=self.method.settings.on_misfit,
+        )
+
+    def _settle_frozen(self) -> None:
+        """Weights that are not trained: to the device, in the compute dtype."""
+        trained = {id(t.parameter) for t in self.trained}
+        for unit in self.units:
+            for parameter in unit.parameters.values():
+                if id(parameter) not in trained:
+                    dtype = weight_dtype(parameter, self.dtypes) if parameter.is_floating_point() else parameter.dtype
+                    settle(parameter, self.lanes.device, dtype)
+
+    def _install(self) -> None:
+        for unit in self.units:
+            hook = _land_hook(self.flights[unit.index], self.lanes)
+            for module in unit.entry_modules:
+                self._undo.append(module.register_forward_pre_hook(hook).remove)
+        for t in self.host.trained:
+            self._undo.append(t.parameter.register_post_accumulate_grad_hook(self._gradient_hook(t)).remove)
+        flush, adopt = self.flush, self.adopt
+        self._undo += [
+            self.module.register_state_dict_pre_hook(lambda *_: flush()).remove,
+            self.module.register_load_state_dict_pre_hook(lambda *_: flush()).remove,
+            self.module.register_load_state_dict_post_hook(lambda *_: adopt()).remove,
+        ]
+        self._refuse_new_groups()
+
+    def _gradient_hook(self, trained: Trained) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            if self.gradients_visible or not (self.stepping or self.method.settings.accumulate == "host"):
+                return
+            self.host.gradient_ready(trained, frozen_groups(self.optimizer) if self._eager else None)
+
+        return hook
+
+    @property
+    def _eager(self) -> bool:
+        """Whether a unit may step under backward: nothing is decided by all gradients together.
+
+        Never in the first step, in which a parameter may turn out to receive its gradient twice.
+        """
+        return self.stepping and self._judge is None and not self._expects_clip and self._steps > 0
+
+    @property
+    def _compiled(self) -> bool:
+        return any(hasattr(module, "_orig_mod") for module in self.module.modules())
+
+    def _refuse_new_groups(self) -> None:
+        def refuse(group: dict[str, Any]) -> None:
+            raise OffloadError(
+                "`optimizer.add_param_group` was called after setup, but host memory is laid out per group and cannot "
+                "grow. Create all groups in `configure_optimizers` (parameters may be frozen by lr=0)."
+            )
+
+        optimizer: Any = self.optimizer
+        optimizer.add_param_group = refuse
+        self._undo.append(lambda: optimizer.__dict__.pop("add_param_group", None))
+
+    def _refuse_strangers(self) -> None:
+        known = {id(t.parameter) for t in self.trained}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in known:
+                    name = next(n for u in self.units for n, p in u.parameters.items() if p is parameter)
+                    raise OffloadError(
+                        f"`{name}` has a gradient but was frozen when training was set up, so it has no state on the "
+                        "host. Set `requires_grad=True` before `fit`, or start a new `fit`."
+                    )
+
+    def _issue_report(self, verdict: Verdict) -> Event:
+        assert verdict.host_ready is not None
+        return self.lanes.host(
+            lambda: self._record(verdict), after=[verdict.host_ready], priority=-1, tag="report"
+        )
+
+    def _record(self, verdict: Verdict) -> None:
+        assert verdict.on_host is not None
+        total, coefficient, skipped = (float(verdict.on_host[at]) for at in range(3))
+        before = self.report
+        self.report = StepReport(
+            step=verdict.step,
+            grad_norm=total,
+            clip_coefficient=coefficient,
+            skipped=bool(skipped),
+            skipped_in_a_row=before.skipped_in_a_row + 1 if skipped else 0,
+            skipped_total=before.skipped_total + int(skipped),
+        )
+        if self.report.skipped_in_a_row > self.method.settings.max_skips:
+            raise NonFiniteError(_explain_skips(self.report, verdict))
+
+
+def _explain_skips(report: StepReport, verdict: Verdict) -> str:
+    assert verdict.on_host is not None
+    norms = verdict.on_host[3 : 3 + len(verdict.names)]
+    bad = [name for name, norm in zip(verdict.names, norms.tolist(), strict=True) if not torch.isfinite(torch.tensor(norm))]
+    first = f"the first parameter with a non-finite gradient is `{bad[0]}`" if bad else "the norm itself overflowed"
+    return (
+        f"{report.skipped_in_a_row} steps in a row had a non-finite gradient norm (`max_skips` allows "
+        f"{report.skipped_in_a_row - 1}); in step {report.step} {first}. No weight was changed in these steps. Lower "
+        "the learning rate, look at the loss of these batches, or train in `bf16-mixed` or `32-true`."
+    )
+
+
+def _land_hook(flight: Flight, lanes: Lanes) -> Callable[..., None]:
+    """A plain function: deep copies of the module (weight averaging) share it instead of copying the engine."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        flight.entered = True
+        flight.land(lanes)
+
+    return hook
+
+
+class _EarlyUse(TorchFunctionMode):
+    """Finds units whose weights are used in a forward before a hook of theirs has fired."""
+
+    def __init__(self, units: Sequence[Unit], flights: Sequence[Flight]) -> None:
+        super().__init__()
+        self.early: set[int] = set()
+        self._flights = flights
+        self._unit = {id(p): unit.index for unit in units for p in unit.parameters.values()}
+        for flight in flights:
+            flight.entered = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # `weight.dtype` reads no weight
+            for value in tree_leaves((args, kwargs)):
+                index = self._unit.get(id(value))
+                if index is not None and not self._flights[index].entered:
+                    self.early.add(index)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_dtype(name: str, parameter: nn.Parameter) -> None:
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"`{name}` is trained in {parameter.dtype}, which cannot be offloaded; use float32 or bfloat16 weights"
+        )
+
+
+def _check_shapes(trained: Trained, state: dict[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape != trained.parameter.shape:
+            raise CheckpointError(
+                f"Optimizer state `{key}` of `{trained.name}` has shape {tuple(value.shape)} in the checkpoint, the "
+                f"parameter has {tuple(trained.parameter.shape)}: the checkpoint is of another model."
+            )

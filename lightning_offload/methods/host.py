@@ -1,0 +1,429 @@
+"""The host optimizer: gradients go down during backward, the step runs on the host, weights come up before the next
+forward needs them.
+
+It is the whole of method ``full``, and the common path beside every other method (embeddings, heads, whatever a
+method does not claim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_offload.errors import OffloadError
+from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.memory.slots import Ring
+from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
+from lightning_offload.methods.rules import Rule
+from lightning_offload.numerics.norms import adopt_, gradient_norm
+
+SLOT_NUMEL = 1 << 25
+"""Most elements of one gradient piece on its way down (64 MiB in bf16)."""
+
+CHUNK_NUMEL = 1 << 20
+"""Elements that are cast and stepped at a time where the wire is 16-bit; a multiple of every vector width."""
+
+
+@dataclass(eq=False)
+class _Home:
+    """Where one trained parameter lives on the host; all tensors are flat.
+
+    Attributes:
+        wire: Brings the gradient down and, where the master is wider than the weight, the weight up.
+        master: The truth about the weight.
+        states: Optimizer state by torch's name.
+        step: Its own step count, fp32 scalar.
+        total: fp32 sum over micro-batches, where they accumulate on the host.
+        landed: Copies down of the gradient in ``wire``.
+        added: The last addition to ``total``.
+        taken: Whether this step has a gradient here.
+        late: Gradient stays in ``p.grad`` until the step, because it arrived twice in one step before.
+    """
+
+    trained: Trained
+    wire: Tensor
+    master: Tensor
+    states: dict[str, Tensor]
+    step: Tensor
+    total: Tensor | None
+    landed: list[Event] = field(default_factory=list)
+    added: Event | None = None
+    taken: bool = False
+    late: bool = False
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the weight is a rounded copy of the master."""
+        return self.wire.dtype != self.master.dtype
+
+    @property
+    def source(self) -> Tensor:
+        """What comes up as the new weight, shaped like it."""
+        return (self.wire if self.rounded else self.master).view(self.trained.parameter.shape)
+
+    @property
+    def events(self) -> list[Event]:
+        """After these the gradient is there."""
+        return [self.added] if self.added is not None else self.landed
+
+
+@dataclass(eq=False)
+class _UnitHomes:
+    """The homes of one unit, in (group, position) order: one call of the update rule per group."""
+
+    index: int
+    homes: list[_Home]
+    stepped: Event | None = None
+
+    @property
+    def taken(self) -> list[_Home]:
+        return [home for home in self.homes if home.taken]
+
+
+class HostOptimizer:
+    """See the module docstring.
+
+    Args:
+        trained: What it steps; the parameters are moved to the lanes' device as their masters are taken.
+        rule: The update rule of the user's optimizer.
+        lanes: Where it runs.
+        dtypes: Dtypes of weights, masters and moments; the wire has the dtype of each weight.
+        accumulate_on_host: Sum micro-batches on the host in fp32 instead of in ``p.grad``.
+        wants_norms: Whether steps are decided by norms.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        rule: Rule,
+        lanes: Lanes,
+        dtypes: DTypes,
+        *,
+        accumulate_on_host: bool,
+        wants_norms: bool,
+    ) -> None:
+        self.trained = sorted(trained, key=lambda t: (t.unit.index, t.group, t.position))
+        self._rule = rule
+        self._lanes = lanes
+        self._dtypes = dtypes
+        self._on_host = accumulate_on_host
+        self._wants_norms = wants_norms
+        self._units = [
+            _UnitHomes(index, self._make_homes(list(members)))
+            for index, members in groupby(self.trained, key=lambda t: t.unit.index)
+        ]
+        self._home = {home.trained.name: home for unit in self._units for home in unit.homes}
+        self._unit = {home.trained.name: unit for unit in self._units for home in unit.homes}
+        self._rings = {dtype: self._make_ring(dtype) for dtype in {home.wire.dtype for home in self._home.values()}}
+
+    def gradient_ready(self, trained: Trained, group_now: Groups | None) -> None:
+        """See ``Part.gradient_ready``."""
+        home = self._home[trained.name]
+        if home.late:
+            return
+        if home.taken and not self._on_host:
+            self._recall(home)
+            return
+        self._take(home)
+        unit = self._unit[trained.name]
+        if group_now is not None and len(unit.taken) == len(unit.homes):
+            unit.stepped = self._step(unit, group_now, Verdict(None, False, 0))
+
+    def collect(self) -> None:
+        """See ``Part.collect``."""
+        for home in self._home.values():
+            if home.trained.parameter.grad is not None:
+                self._take(home)
+
+    def has_gradient(self, trained: Trained) -> bool:
+        """See ``Part.has_gradient``."""
+        return self._home[trained.name].taken
+
+    def host_norms(self) -> list[tuple[Trained, Tensor, list[Event]]]:
+        """Sums over micro-batches on the host, and the events after which they may be read."""
+        homes = [home for home in self._home.values() if home.taken and home.total is not None]
+        return [(home.trained, home.total, home.events) for home in homes if home.total is not None]
+
+    def update(self, groups: Groups, verdict: Verdict, backward_done: Event) -> list[Event]:
+        """See ``Part.update``."""
+        readers = []
+        for unit in self._units:
+            taken = unit.taken
+            if not taken:
+                continue
+            stepped = unit.stepped if unit.stepped is not None else self._step(unit, groups, verdict)
+            readers.append(stepped)
+            taken[0].trained.flight.launch(
+                self._lanes.copy(
+                    [home.trained.parameter.detach() for home in taken],
+                    [home.source for home in taken],
+                    "h2d",
+                    after=[stepped, backward_done],  # backward still reads the old weights
+                    priority=unit.index,
+                    tag="weights",
+                )
+            )
+        self._forget()
+        return readers
+
+    def drop(self) -> None:
+        """See ``Part.drop``."""
+        self._forget()
+
+    def adopt(self) -> None:
+        """See ``Part.adopt``."""
+        for unit in self._units:
+            weights = [home.trained.parameter.detach() for home in unit.homes]
+            landed = self._lanes.copy(
+                [home.source for home in unit.homes], weights, "d2h", after=[self._lanes.compute()], tag="adopt"
+            )
+            rounded = [home for home in unit.homes if home.rounded]
+            if rounded:
+                self._lanes.host(
+                    lambda homes=rounded: [adopt_(home.master, home.wire) for home in homes], after=[landed], tag="adopt"
+                )
+        self._lanes.synchronize()
+
+    def state_of(self, trained: Trained) -> dict[str, Tensor]:
+        """See ``Part.state_of``; the tensors are the arenas' own memory."""
+        home = self._home[trained.name]
+        if float(home.step) == 0:
+            return {}
+        state = {"step": home.step.clone()} if self._rule.has_step else {}
+        return state | {name: tensor.view(trained.parameter.shape) for name, tensor in home.states.items()}
+
+    def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
+        """See ``Part.load_state_of``."""
+        load_state(self._rule, self._home[trained.name].step, self._home[trained.name].states, trained, state)
+
+    def master_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.master_of``."""
+        home = self._home[trained.name]
+        return home.master.view(trained.parameter.shape) if home.rounded else None
+
+    def weight_of(self, trained: Trained) -> Tensor:
+        """The weight in host memory, valid while nothing is in flight and no gradient is here.
+
+        Rounded again where it comes up rounded: the wire may hold an old gradient.
+        """
+        home = self._home[trained.name]
+        if home.rounded:
+            home.wire.copy_(home.master)
+        return home.source
+
+    def pending_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.pending_of``."""
+        home = self._home[trained.name]
+        return home.total.view(trained.parameter.shape) if home.total is not None and home.taken else None
+
+    def load_pending_of(self, trained: Trained, gradient: Tensor) -> None:
+        """The inverse of ``pending_of``."""
+        home = self._home[trained.name]
+        assert home.total is not None
+        home.total.copy_(gradient.reshape(-1))
+        home.taken = True
+
+    def _make_homes(self, members: list[Trained]) -> list[_Home]:
+        weights = {t.name: weight_dtype(t.parameter, self._dtypes) for t in members}
+        name, masters = members[0].unit.name or "model", self._dtypes.master
+        wires = self._carve(f"{name}.wire", members, [(weights[t.name], "pinned") for t in members])
+        # a master that is the weight itself comes up directly, so it is page-locked
+        places = [(masters, "pinned" if weights[t.name] == masters else "host") for t in members]
+        owned = self._carve(f"{name}.master", members, places)
+        states = {
+            state: self._carve(f"{name}.{state}", members, [(self._dtypes.moments, "host")] * len(members))
+            for state in self._rule.states
+        }
+        totals: list[Tensor | None] = [None] * len(members)
+        if self._on_host:
+            totals = [*self._carve(f"{name}.total", members, [(torch.float32, "host")] * len(members))]
+        homes = []
+        for at, t in enumerate(members):
+            own = {state: tensors[at] for state, tensors in states.items()}
+            homes.append(_Home(t, wires[at], owned[at], own, torch.zeros(()), totals[at]))
+            with torch.no_grad():
+                owned[at].copy_(t.parameter.detach().reshape(-1))
+            settle(t.parameter, self._lanes.device, weights[t.name])
+            self._lanes.watch(t.name, t.parameter)
+        return homes
+
+    def _carve(self, label: str, members: list[Trained], kinds: list[tuple[torch.dtype, Any]]) -> list[Tensor]:
+        """One flat buffer per member; those of one dtype and place share one exact region."""
+        made: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(kinds):
+            chosen = [at for at, other in enumerate(kinds) if other == kind]
+            sizes = [members[at].parameter.numel() for at in chosen]
+            made |= dict(zip(chosen, self._lanes.buffers(label, sizes, *kind), strict=True))
+        return [made[at] for at in range(len(members))]
+
+    def _make_ring(self, dtype: torch.dtype) -> Ring:
+        """Device buffers for about one block's gradients, so that compute never waits for the link within a block."""
+        homes = [home for home in self._home.values() if home.wire.dtype == dtype]
+        slot = min(max(home.wire.numel() for home in homes), SLOT_NUMEL)
+        largest = max(sum(home.wire.numel() for home in unit.homes) for unit in self._units)
+        return Ring(self._lanes, f"gradients.{dtype}", slot, dtype, min(max(-(-largest // slot), 2), 8))
+
+    def _take(self, home: _Home) -> None:
+        """Send the gradient down, piece by piece through the ring, and free it."""
+        trained = home.trained
+        gradient = trained.gradient().reshape(-1)
+        if self._wants_norms and not self._on_host:
+            trained.norm = gradient_norm(gradient)
+        ring = self._rings[home.wire.dtype]
+        before = [event for event in (trained.flight.arrived, home.added) if event is not None]
+        home.landed = []
+        for start in range(0, gradient.numel(), ring.numel):
+            piece = gradient[start : start + ring.numel]
+            slot = ring.take()
+            buffer = slot.buffer[: piece.numel()]
+            buffer.copy_(piece)
+            slot.free = self._lanes.copy(
+                [home.wire[start : start + piece.numel()]],
+                [buffer],
+                "d2h",
+                after=[self._lanes.compute(), *before],  # the wire is free: the last weight has gone up from it
+                priority=trained.unit.index,
+                tag="gradients",
+            )
+            home.landed.append(slot.free)
+        trained.parameter.grad = None
+        if home.total is not None:
+            self._add(home, home.total)
+        home.taken = True
+
+    def _add(self, home: _Home, total: Tensor) -> None:
+        first, wire = not home.taken, home.wire
+        home.added = self._lanes.host(
+            lambda: total.copy_(wire) if first else total.add_(wire),
+            after=[*home.landed, *([home.added] if home.added is not None else [])],
+            priority=home.trained.unit.index,
+            tag="accumulate",
+            traffic_bytes=total.numel() * (8 + wire.element_size()),
+        )
+
+    def _recall(self, home: _Home) -> None:
+        """A second gradient in one step: bring the first back, and from now on wait for the step.
+
+        Happens with several backwards per step, and with tied weights under reentrant checkpointing.
+        """
+        trained, unit = home.trained, self._unit[home.trained.name]
+        if unit.stepped is not None:
+            raise OffloadError(
+                f"`{trained.name}` received a second gradient in one step after its update had started. Set "
+                "`skip_nonfinite=True`, or clip gradients, so that updates wait for the end of backward."
+            )
+        self._lanes.synchronize()
+        first = home.wire.view(trained.parameter.shape).to(trained.parameter.device)
+        trained.parameter.grad = first.add_(trained.gradient())
+        home.taken, home.late, home.landed = False, True, []
+
+    def _step(self, unit: _UnitHomes, groups: Groups, verdict: Verdict) -> Event:
+        homes = unit.taken
+        elements = sum(home.wire.numel() for home in homes)
+        flight = homes[0].trained.flight
+        after = [event for home in homes for event in home.events]
+        after += [event for event in (verdict.host_ready, flight.arrived) if event is not None]
+        return self._lanes.host(
+            lambda: host_step(self._rule, homes, groups, verdict, self._lanes),
+            after=after,
+            priority=unit.index,
+            tag="step",
+            traffic_bytes=elements * self._step_bytes(homes[0]),
+        )
+
+    def _step_bytes(self, home: _Home) -> int:
+        """Host memory traffic of one element's step, write-allocate reads included."""
+        states = 4 + 8 + 8 * len(self._rule.states)  # gradient read; master and states read and written
+        return states if not home.rounded else states - 4 + 10 + 8 + 4
+
+    def _forget(self) -> None:
+        for home in self._home.values():
+            home.taken, home.landed, home.added, home.trained.norm = False, [], None, None
+        for unit in self._units:
+            unit.stepped = None
+
+
+def host_step(rule: Rule, homes: Sequence[_Home], groups: Groups, verdict: Verdict, lanes: Lanes) -> None:
+    """The step of one unit, on the host lane: clip, update rule, and the new weights onto the wire."""
+    if verdict.skip:
+        for home in homes:
+            if home.rounded:
+                home.wire.copy_(home.master)
+        return
+    for group, members in groupby(homes, key=lambda home: home.trained.group):
+        ready = []
+        for home in members:
+            if home.total is None and home.rounded:
+                _step_narrow(rule, home, groups[group], verdict, lanes)
+            else:
+                ready.append(home)
+        if ready:
+            _step_wide(rule, ready, groups[group], verdict)
+
+
+def _step_wide(rule: Rule, homes: Sequence[_Home], group: Mapping[str, Any], verdict: Verdict) -> None:
+    """fp32 gradients: one call for all tensors of the span."""
+    grads = [home.wire if home.total is None else home.total for home in homes]
+    clip_(grads, verdict)
+    states = {name: [home.states[name] for home in homes] for name in rule.states}
+    rule.step_([home.master for home in homes], grads, states, [home.step for home in homes], group)
+    for home in homes:
+        if home.rounded:
+            home.wire.copy_(home.master)
+
+
+def _step_narrow(rule: Rule, home: _Home, group: Mapping[str, Any], verdict: Verdict, lanes: Lanes) -> None:
+    """16-bit gradients: clipped and rounded in their own dtype, then cast and stepped a chunk at a time."""
+    clip_([home.wire], verdict)
+    scratch = lanes.scratch(min(CHUNK_NUMEL, home.wire.numel()), home.master.dtype)
+    count = home.step.clone()
+    for part in _chunks(home.wire.numel()):
+        wide = scratch[: part.stop - part.start]
+        wide.copy_(home.wire[part])
+        home.step.copy_(count)  # every chunk is the same step
+        states = {name: [tensor[part]] for name, tensor in home.states.items()}
+        rule.step_([home.master[part]], [wide], states, [home.step], group)
+        home.wire[part].copy_(home.master[part])
+
+
+def _chunks(numel: int) -> Iterator[slice]:
+    for start in range(0, numel, CHUNK_NUMEL):
+        yield slice(start, min(start + CHUNK_NUMEL, numel))
+
+
+def clip_(grads: Sequence[Tensor], verdict: Verdict) -> None:
+    """Clip in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped."""
+    if (coefficient := verdict.coefficient) is not None:
+        torch._foreach_mul_(grads, coefficient)
+    if verdict.clamp is not None:
+        torch._foreach_clamp_min_(grads, -verdict.clamp)
+        torch._foreach_clamp_max_(grads, verdict.clamp)
+
+
+def weight_dtype(parameter: torch.nn.Parameter, dtypes: DTypes) -> torch.dtype:
+    """The dtype of a parameter's compute weight."""
+    return dtypes.compute or parameter.dtype
+
+
+def settle(parameter: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring one weight to its device and compute dtype; the ``Parameter`` object stays."""
+    if parameter.device != device or parameter.dtype != dtype:
+        parameter.data = parameter.data.to(device, dtype)
+
+
+def load_state(
+    rule: Rule, step: Tensor, states: Mapping[str, Tensor], trained: Trained, state: Mapping[str, Any]
+) -> None:
+    """Copy torch's optimizer state of one parameter into its own buffers, which keep their dtype."""
+    held = {name: state[name] for name in rule.states if state.get(name) is not None}
+    for name, tensor in states.items():
+        if name in held:
+            tensor.copy_(held[name].reshape(tensor.shape))
+        else:
+            tensor.zero_()
+    step.fill_(float(state["step"]) if "step" in state else float(bool(held)))

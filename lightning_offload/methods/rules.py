@@ -1,0 +1,123 @@
+"""Which optimizers can be offloaded, and how one step of each reads its group's hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_offload.numerics.adam import adam_, sgd_
+
+Step = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Mapping[str, Sequence[Tensor]], Sequence[Tensor], Mapping[str, Any]], None
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule.
+
+    Attributes:
+        name: The torch class it stands for.
+        states: Names of the state tensors shaped like the weight, as torch's optimizer calls them.
+        has_step: Whether torch's state holds a step count.
+        step_: ``(params, grads, states, steps, group)`` in place; ``group["found_inf"]`` may hold a device flag.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    has_step: bool
+    step_: Callable[..., None]
+
+
+def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
+    """The rule of a user's optimizer, decided by exact type: a subclass may mean something else.
+
+    Raises:
+        ValueError: A class or an option that cannot be offloaded, with the list of what can.
+    """
+    kind = type(optimizer)
+    for flag in ("amsgrad", "maximize", "differentiable"):
+        if kind in _SUPPORTED and any(group.get(flag) for group in optimizer.param_groups):
+            raise ValueError(f"`{kind.__name__}({flag}=True)` cannot be offloaded; remove `{flag}`")
+    if kind in (torch.optim.AdamW, torch.optim.Adam):
+        if kind is torch.optim.AdamW:
+            decoupled = [True]
+        else:  # Adam(decoupled_weight_decay=True) is AdamW by another name
+            decoupled = [bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups]
+        if len(set(decoupled)) > 1:
+            raise ValueError("`Adam` groups that disagree on `decoupled_weight_decay` cannot be offloaded; use one value")
+        return Rule(kind.__name__, ("exp_avg", "exp_avg_sq"), True, partial(_adam_step, decoupled=decoupled[0]))
+    if kind is torch.optim.SGD:
+        if any(group["dampening"] != 0 for group in optimizer.param_groups):
+            raise ValueError("`SGD(dampening=...)` cannot be offloaded; set it to 0")
+        momentum = any(group["momentum"] != 0 for group in optimizer.param_groups)
+        return Rule("SGD", ("momentum_buffer",) if momentum else (), False, _sgd_step)
+    supported = ", ".join(f"`torch.optim.{cls.__name__}`" for cls in _SUPPORTED)
+    raise ValueError(
+        f"`{kind.__module__}.{kind.__qualname__}` cannot be offloaded. Supported optimizers: {supported} (the exact "
+        "classes). Return one of them from `configure_optimizers`, or use a plain strategy."
+    )
+
+
+_SUPPORTED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def _adam_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    group: Mapping[str, Any],
+    *,
+    decoupled: bool,
+    found_inf: Tensor | None = None,
+) -> None:
+    beta1, beta2 = group["betas"]
+    adam_(
+        params,
+        grads,
+        states["exp_avg"],
+        states["exp_avg_sq"],
+        steps,
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=decoupled,
+        found_inf=found_inf,
+    )
+
+
+def _sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    group: Mapping[str, Any],
+    *,
+    found_inf: Tensor | None = None,
+) -> None:
+    torch._foreach_add_(steps, 1)  # not torch's state: tells a parameter that has never been stepped
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
+    sgd_(
+        params,
+        grads,
+        states["momentum_buffer"] if group["momentum"] != 0 else (),
+        lr=float(group["lr"]),
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        found_inf=found_inf,
+    )
+
+
+def frozen_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups' hyper-parameters as they are now: host work takes them when it is issued, not when it runs."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
