@@ -127,13 +127,18 @@ def _walk(model: nn.Module, roots: set[int]) -> Iterator[tuple[str, nn.Module, _
 
 
 def _place(path: str, module: nn.Module, around: _Spot, parent: nn.Module | None, roots: set[int]) -> _Spot:
-    if not around.is_block and id(module) in roots:
+    if not around.is_block and (id(module) in roots or id(_compiled(module)) in roots):
         return _Spot(module, path, True, module)
     if parent is None or not _is_called(module, parent):
         return around
     if around.is_block:
         return _Spot(around.unit, around.name, True, module)
     return _Spot(module, path, False, module)
+
+
+def _compiled(wrapper: nn.Module) -> nn.Module | None:
+    """The module inside ``torch.compile(module)``, whose own hooks would be traced into the graph."""
+    return wrapper._modules.get("_orig_mod")
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -143,9 +148,11 @@ def _has_forward(module: nn.Module) -> bool:
 def _is_called(module: nn.Module, parent: nn.Module) -> bool:
     """Whether hooks on ``module`` see each use of its parameters.
 
-    False for containers, for parametrizations (read through an attribute of the parametrized module), and for the
-    output projection of ``MultiheadAttention``, whose weight the parent hands to a functional.
+    False for containers, for parametrizations (read through an attribute of the parametrized module), for the output
+    projection of ``MultiheadAttention``, whose weight the parent hands to a functional, and inside a compiled wrapper.
     """
+    if module is _compiled(parent):
+        return False
     if isinstance(module, ParametrizationList) or isinstance(parent, (ParametrizationList, nn.MultiheadAttention)):
         return False
     return _has_forward(module)

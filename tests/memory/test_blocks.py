@@ -301,3 +301,19 @@ def test_a_module_that_refers_to_its_parent_ends() -> None:
     units = partition(model)
     assert_covers(model, units)
     assert blocks_of(units) == ["0", "1"]
+
+
+def test_of_a_compiled_block_the_wrapper_is_the_unit() -> None:
+    model, inputs = ZOO["llama"]()
+    plain = first_tensor(model(**inputs))
+    layers = model.model.layers
+    for index, layer in enumerate(list(layers)):
+        layers[index] = torch.compile(layer, backend="eager")
+    units = partition(model)
+    assert_covers(model, units)
+    assert [unit.module for unit in units if unit.is_block] == list(layers)
+    calls: list[None] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(None))
+    assert torch.equal(first_tensor(model(**inputs)), plain)
+    assert len(calls) == LAYERS
