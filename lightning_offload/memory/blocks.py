@@ -261,8 +261,8 @@ def _check_memory(named: Iterable[tuple[str, nn.Parameter]]) -> None:
 
 
 def _span(parameter: nn.Parameter) -> tuple[str, int, int] | None:
-    """Device, first byte and end; ``None`` where there are no bytes (meta, fake, empty)."""
-    if parameter.numel() == 0 or parameter.untyped_storage().device.type == "meta":
+    """Device, first byte and end; ``None`` where there are no bytes (empty, meta, fake, a wrapper subclass)."""
+    if parameter.numel() == 0 or parameter.untyped_storage().device.type == "meta" or not parameter.data_ptr():
         return None
     steps = zip(parameter.shape, parameter.stride(), strict=True)
     elements = 1 + sum((size - 1) * stride for size, stride in steps)

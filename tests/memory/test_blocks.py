@@ -118,6 +118,7 @@ def test_forward_with_idle_hooks_equals_forward_without(name: str) -> None:
 def test_albert_is_one_unit_that_runs_many_times() -> None:
     model, inputs = ZOO["albert"]()
     (block,) = (unit for unit in partition(model) if unit.is_block)
+    assert block.name == "albert.encoder.albert_layer_groups.0", "not the list inside it, which owns as much"
     calls: list[None] = []
     block.module.register_forward_hook(lambda *_: calls.append(None))
     model(**inputs)
@@ -233,6 +234,29 @@ def test_meta_and_fake_models_split_as_real_ones() -> None:
     twin = copy.deepcopy(real, fakes)
     with mode:
         assert names(partition(twin)) == expected
+
+
+class Wrapped(Tensor):
+    """As quantised weights are: a tensor without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Tensor:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default
+        return cls(args[0].inner)
+
+
+def test_wrapper_tensors_share_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for layer in model:
+        layer.weight = nn.Parameter(Wrapped(torch.zeros(4, 4)))
+    assert_covers(model, partition(model))
 
 
 def test_parameters_of_the_root_are_a_unit_of_the_root() -> None:
