@@ -1,0 +1,73 @@
+"""What the top level of each command's configuration may hold; anything else is an error that names it.
+
+Groups whose files have a `_target_` are open here: the constructor behind it refuses unknown keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class Named:
+    """A group that is known by name and writes its settings elsewhere."""
+
+    name: str = MISSING
+
+
+@dataclass
+class Running:
+    """What the commands with a Trainer share."""
+
+    seed: int = 0
+    lr: float | None = None  # every model file brings the learning rate to start from; training alone uses it
+    model: Any = None
+    data: Any = None
+    ckpt_path: str | None = None
+    trainer: Any = MISSING
+    precision: Any = MISSING
+    method: Named = field(default_factory=Named)
+    hardware: Named = field(default_factory=Named)
+
+
+@dataclass
+class Train(Running):
+    """`lightning-offload train`."""
+
+    name: str | None = None
+    runs_dir: str = "runs"
+    export: bool = True
+    optimizer: Any = MISSING
+    scheduler: Any = None
+    callbacks: Any = None
+    logger: Any = None
+
+
+@dataclass
+class Evaluate(Running):
+    """`lightning-offload evaluate`."""
+
+    output: str | None = None
+    prompt: str = MISSING
+    max_new_tokens: int = MISSING
+
+
+@dataclass
+class Export:
+    """`lightning-offload export`."""
+
+    ckpt_path: str = MISSING
+    output: str | None = None
+    dtype: str | None = None
+    max_shard_gib: float = 2.0
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, as the first entry of each command's defaults list."""
+    store = ConfigStore.instance()
+    for schema in (Train, Evaluate, Export):
+        store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

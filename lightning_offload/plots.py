@@ -1,0 +1,116 @@
+"""Pictures of runs, drawn from the CSV files that Lightning's logger writes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Curve = list[tuple[int, float]]
+
+_SMOOTHING_SHARE = 0.05  # of the run: the width of the running mean
+
+
+def metrics_files(run: Path) -> list[Path]:
+    """Return the CSV files of a run, oldest first: one for each time it was started or continued."""
+    return sorted(run.glob("logs/version_*/metrics.csv"), key=lambda file: int(file.parent.name.rpartition("_")[2]))
+
+
+def read_curve(run: Path, column: str) -> Curve:
+    """Return ``(step, value)`` of one column; where a run was continued, what it trained again replaces the old."""
+    curve: Curve = []
+    for file in metrics_files(run):
+        rows = list(csv.DictReader(file.read_text().splitlines()))
+        # validation before a continued fit is logged at step 0, before Lightning restores the step
+        first = min((int(row["step"]) for row in rows if row.get("train/loss")), default=0)
+        start = first if curve else 0
+        added = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        curve = [point for point in curve if point[0] < first] + [point for point in added if point[0] >= start]
+    return curve
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Centred running mean over ``width`` values, over fewer at the ends."""
+    half = width // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def plot_losses(runs: Sequence[Path], out: Path) -> Path:
+    """Draw the training loss (smoothed over the raw one) and the held-out loss of one or more runs.
+
+    Args:
+        runs: Folders of runs.
+        out: The picture to write; its suffix gives the format.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: No run has a logged loss.
+    """
+    # by object: pyplot would keep figures in global state and could open a window
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawable = [run for run in runs if read_curve(run, "train/loss") or read_curve(run, "val/loss")]
+    if not drawable:
+        raise ValueError(f"no losses in logs/version_*/metrics.csv of {', '.join(map(str, runs))}")
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, run in enumerate(drawable):
+        _draw_run(axes, run, f"C{number}")
+    _label(axes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    return out
+
+
+def _draw_run(axes: Any, run: Path, color: str) -> None:
+    name = _method_of(run)
+    train, held_out = read_curve(run, "train/loss"), read_curve(run, "val/loss")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        width = max(1, round(len(losses) * _SMOOTHING_SHARE))
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth(losses, width), color=color, linewidth=1.6, label=f"{name}, training")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(
+            steps,
+            losses,
+            "o--",
+            color=color,
+            linewidth=1,
+            markersize=5,
+            markeredgecolor="white",
+            label=f"{name}, held out",
+        )
+        _annotate(axes, (held_out[0], held_out[-1]), color)
+
+
+def _annotate(axes: Any, points: Iterable[tuple[int, float]], color: str) -> None:
+    for step, loss in dict.fromkeys(points):
+        axes.annotate(
+            f"{loss:.2f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center", color=color, fontsize=9
+        )
+
+
+def _label(axes: Any) -> None:
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.03, y=0.12)
+    axes.legend(frameon=False)
+
+
+def _method_of(run: Path) -> str:
+    """Return the method's name from the run's configuration, else the folder's name."""
+    import yaml  # type: ignore[import-untyped]
+
+    config = run / "config.yaml"
+    content = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    return str(content.get("method", {}).get("name", run.name))
