@@ -1,3 +1,39 @@
-"""Fine-tune language models that do not fit on the GPU, from PyTorch Lightning, by changing one argument."""
+"""Fine-tune language models that do not fit on the GPU, from PyTorch Lightning, by changing one argument.
+
+Importing this package registers its strategies: ``Trainer(strategy="full_offload")``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_offload.callbacks import OffloadStats, OffloadSummary
+from lightning_offload.mixins import OffloadMixin
+from lightning_offload.precision import OffloadPrecision
+from lightning_offload.registry import register
+from lightning_offload.strategies import FullOffloadStrategy
+
+if TYPE_CHECKING:
+    from lightning_offload.export import export_to_hf
 
 __version__ = "0.1.0"
+__all__ = [
+    "FullOffloadStrategy",
+    "OffloadMixin",
+    "OffloadPrecision",
+    "OffloadStats",
+    "OffloadSummary",
+    "export_to_hf",
+    "register",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    """Names that only a few need are imported when asked for."""
+    if name == "export_to_hf":
+        from lightning_offload.export import export_to_hf
+
+        return export_to_hf
+    raise AttributeError(f"module `lightning_offload` has no attribute `{name}`")

@@ -81,7 +81,7 @@ def train(cfg: DictConfig) -> None:
             print(f"continues from {_shown(resume)}")
         _check_trainable(cfg, model)
         _print_example(data)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves nothing behind
+        if not trainer.fast_dev_run:  # which leaves nothing behind
             OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
     before = _validate(trainer, model, data, resume)
     trainer.fit(model, datamodule=data, ckpt_path=resume)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
@@ -91,7 +92,7 @@ class _Operation:
     order: int
     tag: str
     bytes: int
-    work: Callable[[], None]
+    work: Callable[[], object]
     lane: str
 
     @property
@@ -186,7 +187,7 @@ class AsyncLanes:
 
     def host(
         self,
-        fn: Callable[[], None],
+        fn: Callable[[], object],
         *,
         after: Iterable[Event] = (),
         priority: int = 0,
@@ -212,7 +213,7 @@ class AsyncLanes:
             assert isinstance(event, _Async), "an event of other lanes"
             if event.marker is None:
                 with self.ledger.timed("wait", "issue", 0), self._changed:
-                    self._changed.wait_for(lambda event=event: event.marker is not None or self._error is not None)
+                    self._changed.wait_for(partial(self._issued_or_broken, event))
             with self._changed:
                 self._check()
             assert event.marker is not None
@@ -243,6 +244,9 @@ class AsyncLanes:
         self._scratch.clear()
         self.memory.close()
 
+    def _issued_or_broken(self, event: _Async) -> bool:
+        return event.marker is not None or self._error is not None
+
     @property
     def _idle(self) -> bool:
         return not self._copies and not self._work and not self._running
@@ -258,7 +262,7 @@ class AsyncLanes:
             raise error
 
     def _operation(
-        self, work: Callable[[], None], after: Iterable[Event], priority: int, tag: str, size: int, lane: str
+        self, work: Callable[[], object], after: Iterable[Event], priority: int, tag: str, size: int, lane: str
     ) -> _Operation:
         known = [event for event in after if isinstance(event, _Async)]
         self._order += 1

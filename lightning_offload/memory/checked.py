@@ -133,7 +133,7 @@ class CheckedLanes(InlineLanes):
 
     def host(
         self,
-        fn: Callable[[], None],
+        fn: Callable[[], object],
         *,
         after: Iterable[Event] = (),
         priority: int = 0,
@@ -230,7 +230,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 class _Queued(Event):
     """An operation that has not run yet, or has."""
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     after: list[_Queued]
     targets: Sequence[Tensor]
     done: bool = False
@@ -269,7 +269,7 @@ class ShuffledLanes(InlineLanes):
 
     def host(
         self,
-        fn: Callable[[], None],
+        fn: Callable[[], object],
         *,
         after: Iterable[Event] = (),
         priority: int = 0,
@@ -297,7 +297,7 @@ class ShuffledLanes(InlineLanes):
         while self._queue:
             self._run_one(None)
 
-    def _submit(self, run: Callable[[], None], after: Iterable[Event], targets: Sequence[Tensor]) -> Event:
+    def _submit(self, run: Callable[[], object], after: Iterable[Event], targets: Sequence[Tensor]) -> Event:
         known = [event for event in after if isinstance(event, _Queued)]
         operation = _Queued(run, known, targets)
         self._queue.append(operation)

@@ -65,7 +65,7 @@ class Lanes(Protocol):
 
     def host(
         self,
-        fn: Callable[[], None],
+        fn: Callable[[], object],
         *,
         after: Iterable[Event] = (),
         priority: int = 0,
@@ -100,9 +100,7 @@ class Lanes(Protocol):
         ...
 
 
-def host_buffers(
-    memory: HostMemory, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place
-) -> list[Tensor]:
+def host_buffers(memory: HostMemory, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
     """One exact region, carved into a flat tensor per size."""
     region = memory.region(name, region_bytes((size, dtype) for size in sizes), pinned=place == "pinned")
     return [region.carve(size, dtype) for size in sizes]
@@ -168,7 +166,7 @@ class InlineLanes:
 
     def host(
         self,
-        fn: Callable[[], None],
+        fn: Callable[[], object],
         *,
         after: Iterable[Event] = (),
         priority: int = 0,
@@ -203,5 +201,5 @@ class InlineLanes:
 def copy_all(dst: Sequence[Tensor], src: Sequence[Tensor], *, non_blocking: bool = False) -> None:
     """``dst[i] <- src[i]``; a copy never converts, so dtypes and shapes must agree."""
     for to, source in zip(dst, src, strict=True):
-        assert to.dtype == source.dtype and to.shape == source.shape, (to.dtype, source.dtype, to.shape, source.shape)
+        assert (to.dtype, to.shape) == (source.dtype, source.shape), (to.dtype, to.shape, source.dtype, source.shape)
         to.copy_(source, non_blocking=non_blocking)

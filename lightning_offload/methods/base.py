@@ -119,8 +119,10 @@ class Flight:
         arrived: The copy that brings its new weights.
         waited: Whether compute already waits for it.
         entered: Whether a hook of the unit has fired since somebody last asked.
+        order: Its place in the order of execution, as far as it is known: who needs its weights first comes first.
     """
 
+    order: int
     arrived: Event | None = None
     waited: bool = True
     entered: bool = False
@@ -222,7 +224,10 @@ class Verdict:
 class Part(Protocol):
     """Something that holds trained parameters and steps them: a method, or the common path beside it."""
 
-    trained: Sequence[Trained]
+    @property
+    def trained(self) -> Sequence[Trained]:
+        """What it steps."""
+        ...
 
     def gradient_ready(self, trained: Trained, group_now: Groups | None) -> None:
         """Take the gradient out of ``p.grad``.

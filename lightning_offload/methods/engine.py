@@ -31,7 +31,7 @@ from lightning_offload.methods.base import Clip, DTypes, Flight, Part, StepRepor
 from lightning_offload.methods.full import Full
 from lightning_offload.methods.host import HostOptimizer, settle, weight_dtype
 from lightning_offload.methods.resident import ResidentOptimizer
-from lightning_offload.methods.rules import Rule, frozen_groups, rule_for
+from lightning_offload.methods.rules import frozen_groups, rule_for
 from lightning_offload.methods.verdict import Judge
 
 MASTERS, GRADIENTS, SKIPS, METHOD = "masters", "gradients", "skips", "method"
@@ -78,13 +78,15 @@ class Engine:
         self.gradients_visible = False
         self.report = StepReport()
         self.units = partition(module, method.settings.blocks)
-        self.flights = [Flight() for _ in self.units]
+        self.flights = [Flight(unit.index) for unit in self.units]
         self.rule = rule_for(optimizer)
         self._expects_clip = expects_clip
         self._steps = 0
         self._undo: list[Callable[[], Any]] = []
         self._early: set[int] = set()  # units whose weights are used before their own hook fires
+        self._entered: list[int] = []  # units in the order of their first hook
         self._recorded = False
+        self.closed = False
 
         trained = self._find_trained()
         offloaded = [t for t in trained if method.claims(t.name, t.parameter, t.unit)]
@@ -119,9 +121,15 @@ class Engine:
             yield
             return
         recorder = _EarlyUse(self.units, self.flights)
+        self._entered.clear()
         with recorder:
             yield
-        self._early, self._recorded = recorder.early, True
+        self._recorded = True
+        self._early = recorder.early | {unit.index for unit in self.units} - set(self._entered)
+        for flight in self.flights:
+            flight.order = 0  # whoever was never entered may be needed at once
+        for place, index in enumerate(self._entered):
+            self.flights[index].order = place + 1
 
     def step(self, clip: Clip | None = None) -> None:
         """Issue one optimizer step with every gradient there is, clipped as ``clip`` says.
@@ -192,13 +200,14 @@ class Engine:
             self.flush()
         finally:
             self.lanes.close()
+            self.closed = True
 
     # State, by parameter name.
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> list[tuple[Trained, Tensor]]:
         """Every offloaded weight as a CPU tensor that shares the arenas' memory: no second copy."""
         self.flush()
-        return {t.name: self.host.weight_of(t) for t in self.host.trained}
+        return [(t, self.host.weight_of(t)) for t in self.host.trained]
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state as ``torch.optim.Optimizer.state_dict`` has it, as CPU tensors."""
@@ -218,7 +227,7 @@ class Engine:
         try:
             self.optimizer.load_state_dict({"state": {}, "param_groups": packed["param_groups"]})
         except ValueError as error:
-            raise CheckpointError(f"The optimizer state of the checkpoint does not fit this optimizer: {error}") from error
+            raise CheckpointError(f"The checkpoint's optimizer state does not fit this optimizer: {error}") from error
         for t in self.trained:
             state = packed["state"].get(t.position, {})
             _check_shapes(t, state)
@@ -250,9 +259,7 @@ class Engine:
             self._load_gradient(t, extras[GRADIENTS].get(t.name))
         skips = extras[SKIPS]
         self._steps = skips["steps"]
-        self.report = StepReport(
-            step=self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"]
-        )
+        self.report = StepReport(step=self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"])
 
     def _load_gradient(self, trained: Trained, gradient: Tensor | None) -> None:
         if gradient is None:
@@ -311,9 +318,9 @@ class Engine:
 
     def _install(self) -> None:
         for unit in self.units:
-            hook = _land_hook(self.flights[unit.index], self.lanes)
-            for module in unit.entry_modules:
-                self._undo.append(module.register_forward_pre_hook(hook).remove)
+            hook = _land_hook(self.flights[unit.index], self.lanes, self._entered, unit.index)
+            for module in unit.entry_modules:  # first of all hooks: another one may read the weights
+                self._undo.append(module.register_forward_pre_hook(hook, prepend=True).remove)
         for t in self.host.trained:
             self._undo.append(t.parameter.register_post_accumulate_grad_hook(self._gradient_hook(t)).remove)
         flush, adopt = self.flush, self.adopt
@@ -368,9 +375,7 @@ class Engine:
 
     def _issue_report(self, verdict: Verdict) -> Event:
         assert verdict.host_ready is not None
-        return self.lanes.host(
-            lambda: self._record(verdict), after=[verdict.host_ready], priority=-1, tag="report"
-        )
+        return self.lanes.host(lambda: self._record(verdict), after=[verdict.host_ready], priority=-1, tag="report")
 
     def _record(self, verdict: Verdict) -> None:
         assert verdict.on_host is not None
@@ -390,8 +395,8 @@ class Engine:
 
 def _explain_skips(report: StepReport, verdict: Verdict) -> str:
     assert verdict.on_host is not None
-    norms = verdict.on_host[3 : 3 + len(verdict.names)]
-    bad = [name for name, norm in zip(verdict.names, norms.tolist(), strict=True) if not torch.isfinite(torch.tensor(norm))]
+    finite = torch.isfinite(verdict.on_host[3 : 3 + len(verdict.names)]).tolist()
+    bad = [name for name, is_finite in zip(verdict.names, finite, strict=True) if not is_finite]
     first = f"the first parameter with a non-finite gradient is `{bad[0]}`" if bad else "the norm itself overflowed"
     return (
         f"{report.skipped_in_a_row} steps in a row had a non-finite gradient norm (`max_skips` allows "
@@ -400,11 +405,13 @@ def _explain_skips(report: StepReport, verdict: Verdict) -> str:
     )
 
 
-def _land_hook(flight: Flight, lanes: Lanes) -> Callable[..., None]:
+def _land_hook(flight: Flight, lanes: Lanes, entered: list[int], index: int) -> Callable[..., None]:
     """A plain function: deep copies of the module (weight averaging) share it instead of copying the engine."""
 
     def hook(module: nn.Module, args: Any) -> None:
-        flight.entered = True
+        if not flight.entered:
+            flight.entered = True
+            entered.append(index)
         flight.land(lanes)
 
     return hook

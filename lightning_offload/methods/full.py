@@ -51,17 +51,19 @@ class Full:
         """Whether the host steps this parameter; the rest stay on the device."""
         return parameter.numel() >= self.settings.min_numel
 
-    def resolve(self, units: Sequence[Unit], machine: Machine, *, accumulates: bool) -> tuple[FullSettings, list[str]]:
+    def resolve(
+        self, parameters: Sequence[nn.Parameter], machine: Machine, *, accumulates: bool
+    ) -> tuple[FullSettings, list[str]]:
         """Replace every ``"auto"``; also the reasons, a sentence each.
 
         Args:
-            units: The model.
+            parameters: The model's.
             machine: What there is.
             accumulates: Whether a step has more than one micro-batch.
         """
         settings, reasons = self.settings, []
         if settings.accumulate == "auto":
-            where, reason = _where_to_accumulate(units, machine, accumulates=accumulates)
+            where, reason = _where_to_accumulate(parameters, machine, accumulates=accumulates)
             settings = replace(settings, accumulate=where)
             reasons.append(f"accumulate={where!r}: {reason}")
         if settings.host_threads == "auto":
@@ -72,16 +74,15 @@ class Full:
 
 
 def _where_to_accumulate(
-    units: Sequence[Unit], machine: Machine, *, accumulates: bool
+    parameters: Sequence[nn.Parameter], machine: Machine, *, accumulates: bool
 ) -> tuple[Literal["device", "host"], str]:
     """On the device while gradients take at most a quarter of what the weights leave free there."""
     if not accumulates:
         return "device", "one micro-batch a step"
     if machine.device_type == "cpu":
         return "device", "device and host are one memory"
-    trained = [p for unit in units for p in unit.parameters.values() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    weights = sum(p.numel() * p.element_size() for unit in units for p in unit.parameters.values())
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in parameters)
     free = max(machine.device_free_bytes - weights, 0)
     gib = 1024**3
     sizes = f"gradients {gradients / gib:.2f} GiB, free beside the weights {free / gib:.2f} GiB"

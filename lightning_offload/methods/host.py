@@ -1,5 +1,4 @@
-"""The host optimizer: gradients go down during backward, the step runs on the host, weights come up before the next
-forward needs them.
+"""The host optimizer: gradients go down during backward, the host steps, weights come up for the next forward.
 
 It is the whole of method ``full``, and the common path beside every other method (embeddings, heads, whatever a
 method does not claim).
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -42,6 +42,7 @@ class _Home:
         landed: Copies down of the gradient in ``wire``.
         added: The last addition to ``total``.
         taken: Whether this step has a gradient here.
+        final: Whether that gradient is complete and the unit may step under backward.
         late: Gradient stays in ``p.grad`` until the step, because it arrived twice in one step before.
     """
 
@@ -54,6 +55,7 @@ class _Home:
     landed: list[Event] = field(default_factory=list)
     added: Event | None = None
     taken: bool = False
+    final: bool = False
     late: bool = False
 
     @property
@@ -121,6 +123,11 @@ class HostOptimizer:
         self._unit = {home.trained.name: unit for unit in self._units for home in unit.homes}
         self._rings = {dtype: self._make_ring(dtype) for dtype in {home.wire.dtype for home in self._home.values()}}
 
+    @staticmethod
+    def bytes_per_element(weight: torch.dtype, rule: Rule, *, accumulate_on_host: bool) -> int:
+        """Host bytes per trained element: master, state, wire, and the sum over micro-batches if it is here."""
+        return 4 + 4 * len(rule.states) + weight.itemsize + 4 * accumulate_on_host
+
     def gradient_ready(self, trained: Trained, group_now: Groups | None) -> None:
         """See ``Part.gradient_ready``."""
         home = self._home[trained.name]
@@ -131,8 +138,10 @@ class HostOptimizer:
             return
         self._take(home)
         unit = self._unit[trained.name]
-        if group_now is not None and len(unit.taken) == len(unit.homes):
-            unit.stepped = self._step(unit, group_now, Verdict(None, False, 0))
+        if group_now is not None:
+            home.final = True
+            if all(other.final for other in unit.homes):
+                unit.stepped = self._step(unit, group_now, Verdict(None, False, 0))
 
     def collect(self) -> None:
         """See ``Part.collect``."""
@@ -164,12 +173,17 @@ class HostOptimizer:
                     [home.source for home in taken],
                     "h2d",
                     after=[stepped, backward_done],  # backward still reads the old weights
-                    priority=unit.index,
+                    priority=taken[0].trained.flight.order,
                     tag="weights",
                 )
             )
         self._forget()
         return readers
+
+    @property
+    def ring_bytes(self) -> int:
+        """Device bytes of the rings in which gradients leave."""
+        return sum(ring.nbytes for ring in self._rings.values())
 
     def drop(self) -> None:
         """See ``Part.drop``."""
@@ -182,11 +196,9 @@ class HostOptimizer:
             landed = self._lanes.copy(
                 [home.source for home in unit.homes], weights, "d2h", after=[self._lanes.compute()], tag="adopt"
             )
-            rounded = [home for home in unit.homes if home.rounded]
-            if rounded:
-                self._lanes.host(
-                    lambda homes=rounded: [adopt_(home.master, home.wire) for home in homes], after=[landed], tag="adopt"
-                )
+            for home in unit.homes:
+                if home.rounded:
+                    self._lanes.host(partial(adopt_, home.master, home.wire), after=[landed], tag="adopt")
         self._lanes.synchronize()
 
     def state_of(self, trained: Trained) -> dict[str, Tensor]:
@@ -287,7 +299,7 @@ class HostOptimizer:
                 [buffer],
                 "d2h",
                 after=[self._lanes.compute(), *before],  # the wire is free: the last weight has gone up from it
-                priority=trained.unit.index,
+                priority=trained.flight.order,
                 tag="gradients",
             )
             home.landed.append(slot.free)
@@ -301,7 +313,7 @@ class HostOptimizer:
         home.added = self._lanes.host(
             lambda: total.copy_(wire) if first else total.add_(wire),
             after=[*home.landed, *([home.added] if home.added is not None else [])],
-            priority=home.trained.unit.index,
+            priority=home.trained.flight.order,
             tag="accumulate",
             traffic_bytes=total.numel() * (8 + wire.element_size()),
         )
@@ -331,7 +343,7 @@ class HostOptimizer:
         return self._lanes.host(
             lambda: host_step(self._rule, homes, groups, verdict, self._lanes),
             after=after,
-            priority=unit.index,
+            priority=flight.order,
             tag="step",
             traffic_bytes=elements * self._step_bytes(homes[0]),
         )
@@ -343,7 +355,7 @@ class HostOptimizer:
 
     def _forget(self) -> None:
         for home in self._home.values():
-            home.taken, home.landed, home.added, home.trained.norm = False, [], None, None
+            home.taken, home.final, home.landed, home.added, home.trained.norm = False, False, [], None, None
         for unit in self._units:
             unit.stepped = None
 
@@ -396,7 +408,7 @@ def _chunks(numel: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK_NUMEL, numel))
 
 
-def clip_(grads: Sequence[Tensor], verdict: Verdict) -> None:
+def clip_(grads: list[Tensor], verdict: Verdict) -> None:
     """Clip in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped."""
     if (coefficient := verdict.coefficient) is not None:
         torch._foreach_mul_(grads, coefficient)

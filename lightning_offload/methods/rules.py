@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_offload.numerics.adam import adam_, sgd_
-
-Step = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Mapping[str, Sequence[Tensor]], Sequence[Tensor], Mapping[str, Any]], None
-]
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
         else:  # Adam(decoupled_weight_decay=True) is AdamW by another name
             decoupled = [bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups]
         if len(set(decoupled)) > 1:
-            raise ValueError("`Adam` groups that disagree on `decoupled_weight_decay` cannot be offloaded; use one value")
+            raise ValueError("`Adam` groups that disagree on `decoupled_weight_decay` cannot be offloaded")
         return Rule(kind.__name__, ("exp_avg", "exp_avg_sq"), True, partial(_adam_step, decoupled=decoupled[0]))
     if kind is torch.optim.SGD:
         if any(group["dampening"] != 0 for group in optimizer.param_groups):
@@ -68,10 +64,10 @@ _SUPPORTED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 def _adam_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Mapping[str, list[Tensor]],
+    steps: list[Tensor],
     group: Mapping[str, Any],
     *,
     decoupled: bool,
@@ -95,10 +91,10 @@ def _adam_step(
 
 
 def _sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Mapping[str, list[Tensor]],
+    steps: list[Tensor],
     group: Mapping[str, Any],
     *,
     found_inf: Tensor | None = None,
@@ -109,7 +105,7 @@ def _sgd_step(
     sgd_(
         params,
         grads,
-        states["momentum_buffer"] if group["momentum"] != 0 else (),
+        states["momentum_buffer"] if group["momentum"] != 0 else [],
         lr=float(group["lr"]),
         momentum=group["momentum"],
         weight_decay=group["weight_decay"],

@@ -7,6 +7,7 @@ with gradients that accumulate on the host they are computed there and copied up
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,9 +36,7 @@ class Judge:
         (self._landed,) = lanes.buffers("verdict.landed", [parameters], torch.float32, "pinned")
         self._sent: Event | None = None
 
-    def decide(
-        self, verdict: Verdict, present: Sequence[Trained], host: HostOptimizer, backward_done: Event
-    ) -> None:
+    def decide(self, verdict: Verdict, present: Sequence[Trained], host: HostOptimizer, backward_done: Event) -> None:
         """Fill in ``verdict``; ``present`` are the parameters with a gradient, in optimizer order."""
         on_host = {trained.name: (total, events) for trained, total, events in host.host_norms()}
         if self._sent is not None:
@@ -91,7 +90,7 @@ class Judge:
                 total, events = totals[trained.name]
                 ready.append(
                     self._lanes.host(
-                        lambda at=at, total=total: norms[at].copy_(gradient_norm(total)),
+                        partial(_norm_into, norms[at], total),
                         after=[*events, *self.readers],
                         priority=-1,
                         tag="norm",
@@ -126,6 +125,10 @@ def judge(norms: Sequence[Tensor], verdict: Verdict) -> Tensor:
     if verdict.skip_nonfinite:
         bad = (~torch.isfinite(total)).to(total.dtype)
     return torch.stack([total, coefficient, bad])
+
+
+def _norm_into(target: Tensor, gradient: Tensor) -> None:
+    target.copy_(gradient_norm(gradient))
 
 
 def _norm(trained: Trained) -> Tensor:

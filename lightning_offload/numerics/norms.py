@@ -14,7 +14,8 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     Differs from ``torch.nn.utils.clip_grad_norm_`` for 16-bit gradients, whose norms torch rounds to 16 bits.
     """
     dtype = torch.float32 if gradient.dtype in (torch.bfloat16, torch.float16) else None
-    return torch.linalg.vector_norm(gradient, 2, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(gradient, 2, dtype=dtype)
+    return norm
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
@@ -22,7 +23,8 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
 
     The root of summed squares would give other bits.
     """
-    return torch.linalg.vector_norm(torch.stack(list(norms)), 2)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), 2)
+    return total
 
 
 def clip_coefficient(total: Tensor, max_norm: float) -> Tensor:

@@ -1,1 +1,56 @@
-"""Language models and text for the command line."""
+"""Language models and text for the command line.
+
+Names are looked up on first use: the corpus needs neither Lightning nor transformers, and nothing here imports
+transformers before a model or a tokenizer is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_offload.text.corpus import load_corpus
+    from lightning_offload.text.data import TextData
+    from lightning_offload.text.jsonl import Jsonl
+    from lightning_offload.text.modules import CausalLM
+    from lightning_offload.text.pretrain import MuonAdamW
+    from lightning_offload.text.schedules import linear_decay, wsd
+    from lightning_offload.text.sources import PythonDocs, PythonSource, TextFiles
+
+#: folder of the shipped pretrained model and its tokenizer, in Hugging Face's format
+TINY_PATH = str(Path(__file__).parent / "assets" / "tiny")
+
+_HOME = {
+    "load_corpus": "corpus",
+    "TextData": "data",
+    "Jsonl": "jsonl",
+    "CausalLM": "modules",
+    "MuonAdamW": "pretrain",
+    "linear_decay": "schedules",
+    "wsd": "schedules",
+    "PythonDocs": "sources",
+    "PythonSource": "sources",
+    "TextFiles": "sources",
+}
+
+__all__ = [
+    "TINY_PATH",
+    "CausalLM",
+    "Jsonl",
+    "MuonAdamW",
+    "PythonDocs",
+    "PythonSource",
+    "TextData",
+    "TextFiles",
+    "linear_decay",
+    "load_corpus",
+    "wsd",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,175 @@
+"""What a user sees: columns in the progress bar, numbers in the logger, and a table of what lives where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_offload.memory.ledger import Total
+from lightning_offload.methods.engine import Engine
+from lightning_offload.strategies import OffloadBehaviour
+
+GIB = 1024**3
+
+
+class OffloadStats(Callback):
+    """Throughput, memory and what the step did: in the progress bar, and in any Lightning logger as ``offload/...``.
+
+    Bar columns: ``tok/s`` (``samples/s`` where batches have no ``input_ids``), ``device GiB`` and ``host GiB`` in
+    use. Logged besides: GB/s down and up over the wall time, gradient norm, clip coefficient, skipped steps. On a GPU
+    the last three belong to the newest step the host has finished, which may be the one before.
+
+    Args:
+        every_n_steps: Optimizer steps between two rows.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be an integer >= 1, got {every_n_steps!r}")
+        self.every_n_steps = every_n_steps
+        self._step = 0
+        self._restart(None)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(_engine(trainer))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        count, unit = _count(batch)
+        self._counted += count
+        step = trainer.global_step
+        if step == self._step or step % self.every_n_steps:
+            return
+        self._step = step
+        engine, elapsed = _engine(trainer), max(perf_counter() - self._since, 1e-9)
+        bar = {f"{unit}/s": self._counted / elapsed} | memory_gib(engine, pl_module.device)
+        pl_module.log_dict({key: float(value) for key, value in bar.items()}, prog_bar=True, logger=False)
+        row = {f"offload/{key.replace(' ', '_')}": value for key, value in bar.items()}
+        if engine is not None:
+            row |= self._rates(engine, elapsed)
+            row |= {
+                "offload/grad_norm": engine.report.grad_norm,
+                "offload/clip_coefficient": engine.report.clip_coefficient,
+                "offload/skipped_steps": float(engine.report.skipped_total),
+            }
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+        self._restart(engine)
+
+    def _rates(self, engine: Engine, elapsed: float) -> dict[str, float]:
+        now, before = engine.lanes.ledger.snapshot(), self._before
+        moved = {lane: now.get(lane, Total()).bytes - before.get(lane, Total()).bytes for lane in ("d2h", "h2d")}
+        return {f"offload/{lane}_gb_per_s": nbytes / elapsed / 1e9 for lane, nbytes in moved.items()}
+
+    def _restart(self, engine: Engine | None) -> None:
+        self._counted = 0
+        self._since = perf_counter()
+        self._before = engine.lanes.ledger.snapshot() if engine is not None else {}
+
+
+class OffloadSummary(Callback):
+    """Prints, at the start of fit, every unit with its parameters, dtype, where they live, and the bytes of each place.
+
+    Equal blocks are one row.
+    """
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        engine = _engine(trainer)
+        if engine is not None:
+            rank_zero_info(summary(engine))
+
+
+def summary(engine: Engine) -> str:
+    """The table of ``OffloadSummary`` as text."""
+    rows: list[tuple[str, ...]] = [("unit", "parameters", "dtype", "trained on", "host MiB", "device MiB")]
+    rows += _merge([_unit_row(engine, index) for index in range(len(engine.units))])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(_align(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    report = engine.lanes.memory.report()
+    settings = engine.method.settings
+    lines.append(
+        f"method {engine.method.name} with {engine.rule.name}; host {report.requested_bytes / GIB:.3f} GiB "
+        f"({report.locked_bytes / GIB:.3f} GiB page-locked), device rings {engine.host.ring_bytes / GIB:.3f} GiB, "
+        f"micro-batches accumulate on the {settings.accumulate}"
+    )
+    return "\n".join(lines)
+
+
+def memory_gib(engine: Engine | None, device: torch.device) -> dict[str, float]:
+    """Device and host memory in use by torch on the device and by the arenas on the host."""
+    used = {}
+    if device.type == "cuda":
+        used["device GiB"] = torch.cuda.max_memory_allocated(device) / GIB
+    if engine is not None:
+        used["host GiB"] = engine.lanes.memory.report().allocated_bytes / GIB
+    return used
+
+
+def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
+    unit = engine.units[index]
+    host = [t for t in engine.host.trained if t.unit is unit]
+    resident = [t for t in engine.resident.trained if t.unit is unit]
+    parts = [
+        (label, sum(t.parameter.numel() for t in group)) for label, group in (("host", host), ("device", resident))
+    ]
+    frozen = unit.numel - sum(count for _, count in parts)
+    where = " + ".join(f"{label} {count:,}" for label, count in [*parts, ("frozen", frozen)] if count)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in unit.parameters.values()})
+    device = sum(p.numel() * p.element_size() for p in unit.parameters.values())
+    mib = 1024**2
+    return (
+        unit.name or "(root)",
+        f"{unit.numel:,}",
+        ", ".join(dtypes),
+        where or "-",
+        f"{engine.host_bytes(host) / mib:.1f}",
+        f"{device / mib:.1f}",
+    )
+
+
+def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Neighbouring rows that differ in nothing but the name become one."""
+    merged: list[list[tuple[str, ...]]] = []
+    for row in rows:
+        if merged and merged[-1][0][1:] == row[1:]:
+            merged[-1].append(row)
+        else:
+            merged.append([row])
+    return [
+        group[0] if len(group) == 1 else (f"{group[0][0]} .. {group[-1][0]} ({len(group)} units, each)", *group[0][1:])
+        for group in merged
+    ]
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if column in (1, 4, 5) else cell.ljust(width)
+
+
+def _engine(trainer: Trainer) -> Engine | None:
+    strategy = trainer.strategy
+    return strategy.engine if isinstance(strategy, OffloadBehaviour) else None
+
+
+def _count(batch: Any) -> tuple[int, str]:
+    """Tokens of a batch, or its samples."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+        return batch["input_ids"].numel(), "tok"
+    first = next(iter(batch.values())) if isinstance(batch, Mapping) and batch else batch
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return (len(first) if isinstance(first, Tensor) and first.dim() else 1), "samples"

@@ -1,0 +1,105 @@
+"""Checkpoints that never exist twice in memory and never half on disk."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_offload.errors import CheckpointError
+
+
+class OffloadCheckpointIO(TorchCheckpointIO):
+    """Streams a checkpoint tensor by tensor to a temporary file, syncs it, and renames it into place.
+
+    Lightning's own way serialises the whole checkpoint into memory first: once more the size of everything, in the
+    memory that offloading has filled. A kill at any moment leaves the previous file whole. Remote paths go Lightning's
+    way. Files are ordinary ``torch.save`` files of plain tensors and primitives.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            TypeError: ``storage_options`` was given.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{target.name}.*.partial"):
+            stale.unlink(missing_ok=True)  # left by a run that was killed while it saved
+        partial = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
+        try:
+            torch.save(checkpoint, partial)
+            _sync(partial)
+            os.replace(partial, target)
+            _sync(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @override
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable[..., Any] | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            FileNotFoundError: There is none.
+            CheckpointError: The file is damaged, naming it.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except (EOFError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+            if isinstance(error, FileNotFoundError) or "weights_only" in str(error).lower():
+                raise  # not damaged: torch says itself how to load it
+            raise CheckpointError(
+                f"The checkpoint `{path}` cannot be read: it is truncated or damaged ({_first_line(error)}). Resume "
+                "from an earlier checkpoint."
+            ) from error
+
+
+def check_weights(expected: Mapping[str, Any], found: Mapping[str, Any], *, source: str) -> None:
+    """Compare names and shapes of two state dicts.
+
+    Raises:
+        CheckpointError: They differ; names the first tensor that does, in the model's order.
+    """
+    for name, tensor in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{source} is of another model: it has no `{name}`, which the model has.")
+        shapes = [tuple(t.shape) for t in (tensor, found[name]) if isinstance(t, Tensor)]
+        if len(shapes) == 2 and shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{source} is of another model: `{name}` has shape {shapes[1]} there and {shapes[0]} in the model."
+            )
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{source} is of another model: it has `{name}`, which the model has not.")
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle on folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

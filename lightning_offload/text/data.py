@@ -1,0 +1,169 @@
+"""The common base of the data modules: tokens in, batches out.
+
+A batch is a dict of int64 tensors (batch, sequence): ``input_ids``; ``labels``, -100 where nothing is learned; and
+``attention_mask``, only when there is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from lightning_offload.errors import DataError
+from lightning_offload.text.batches import Example, ResumableLoader, ResumableSampler, collate
+from lightning_offload.text.loss import IGNORED
+
+
+class TextData(L.LightningDataModule):
+    """Base of the data modules; a subclass says what to `read`.
+
+    Args:
+        sequence_length: tokens per sequence, at most.
+        batch_size: sequences per batch and device.
+        val_batch_size: the same for validation and test; None for `batch_size`.
+        num_workers: processes that collate; 0 for none.
+        seed: of the shuffling, which also depends on the epoch.
+        tokenizer: usually the model's: ``data.tokenizer = model.tokenizer``.
+
+    Raises:
+        ValueError: for sizes below what makes sense, or a tokenizer that is missing or too short.
+        DataError: when there is nothing to train on or to validate with.
+    """
+
+    def __init__(
+        self,
+        *,
+        sequence_length: int = 256,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        if sequence_length < 2 or batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
+            raise ValueError(
+                "data needs sequence_length >= 2 and batch sizes >= 1; got"
+                f" sequence_length={sequence_length}, batch_size={batch_size}, val_batch_size={val_batch_size}."
+            )
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self._sets: tuple[Dataset[Example], Dataset[Example]] | None = None
+
+    def read(self) -> tuple[Dataset[Example], Dataset[Example]]:
+        """Training and validation examples, tokenized; called once, when `tokenizer` is there."""
+        raise NotImplementedError
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self._sets is not None:
+            return
+        self._check_tokenizer()
+        train, val = self.read()
+        for name, examples in (("train on", train), ("validate with", val)):
+            if not len(examples):  # type: ignore[arg-type]
+                raise DataError(
+                    f"{type(self).__name__}: nothing to {name}. Give more text, or a smaller"
+                    f" data.sequence_length (now {self.sequence_length})."
+                )
+        self._sets = train, val
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{type(self).__name__} has no tokenizer: set data.tokenizer = model.tokenizer before the Trainer"
+                " starts, or give the model a tokenizer_path."
+            )
+        longest = getattr(self.tokenizer, "model_max_length", None)
+        if longest is not None and longest < self.sequence_length:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} is more than the {longest} tokens this model takes:"
+                f" pass data.sequence_length={longest} or less."
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added."""
+        if not texts:
+            return []
+        encoded: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return encoded
+
+    @property
+    def end(self) -> int:
+        """The token after each document or answer."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-text token: set tokenizer.eos_token.")
+        return int(self.tokenizer.eos_token_id)
+
+    def _set(self, index: int) -> Dataset[Example]:
+        if self._sets is None:
+            raise RuntimeError(f"Call {type(self).__name__}.setup() first.")
+        return self._sets[index]
+
+    @property
+    def _collate(self) -> partial[Example]:
+        pad = self.tokenizer.pad_token_id
+        return partial(collate, pad=self.end if pad is None else pad)
+
+    @override
+    def train_dataloader(self) -> ResumableLoader:
+        examples = self._set(0)
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return ResumableLoader(
+            examples,
+            batch_size=self.batch_size,
+            sampler=ResumableSampler(examples, num_replicas=world, rank=rank, shuffle=True, seed=self.seed),
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._set(1), batch_size=self.val_batch_size, collate_fn=self._collate, num_workers=self.num_workers
+        )
+
+    test_dataloader = val_dataloader
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the validation set's learned text, per token that is scored."""
+        texts, tokens = [], 0
+        for index in range(len(self._set(1))):  # type: ignore[arg-type]
+            labels = self._set(1)[index]["labels"][1:]  # the first token is not predicted
+            scored = labels[labels != IGNORED]
+            texts.append(scored.tolist())
+            tokens += len(scored)
+        decoded = self.tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return sum(len(text.encode()) for text in decoded) / max(1, tokens)
+
+    def preview(self, batch: dict[str, Tensor], max_chars: int = 800) -> str:
+        """The first example of a batch as text, what is learned between ⟦ and ⟧."""
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        if "attention_mask" in batch:
+            kept = batch["attention_mask"][0].bool()
+            ids, labels = ids[kept], labels[kept]
+        parts = []
+        for learned, run in groupby(
+            zip(ids.tolist(), labels.tolist(), strict=True), key=lambda pair: pair[1] != IGNORED
+        ):
+            text = self.tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
+            parts.append(f"⟦{_shorten(text, max_chars)}⟧" if learned else _shorten(text, max_chars))
+        share = (batch["labels"] != IGNORED).float().mean().item()
+        return f"{''.join(parts)}\n({len(ids)} tokens; {share:.0%} of the batch is learned, between ⟦ and ⟧)"
+
+
+def _shorten(text: str, max_chars: int) -> str:
+    half = max_chars // 2
+    return text if len(text) <= max_chars else f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,87 @@
+"""From a folder, a hub id or a shape to a transformers model and its tokenizer, with errors that name the way out."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_offload.errors import OffloadError
+
+log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_WAY_OUT = (
+    "Pass path=<folder with config.json and *.safetensors> or path=<hub id> (model.path=... on the command line)."
+)
+
+
+def build_network(*, path: str | None, config: dict[str, Any] | None, init: str, dtype: str) -> Any:
+    """A causal language model with weights from `path`, or with random ones where there are none or `init` says so.
+
+    Raises:
+        ValueError: when not exactly one of `path` and `config` is given, or `init`, `dtype` or the shape is not known.
+        OffloadError: when `path` holds no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if (path is None) == (config is None):
+        raise ValueError(f"Give either path or config, not {'both' if path else 'neither'}. {_WAY_OUT}")
+    if init not in ("pretrained", "random"):
+        raise ValueError(f"init={init!r}: the choice is 'pretrained' or 'random'.")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype: use 'float32', 'bfloat16' or 'float16'.")
+    if path is not None and init == "pretrained":
+        check_folder(path)
+        try:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=kind, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise OffloadError(f"Cannot load a causal language model from path={path!r}: {error} {_WAY_OUT}") from error
+    return AutoModelForCausalLM.from_config(shape(path, config), dtype=kind, trust_remote_code=False)
+
+
+def shape(path: str | None, config: dict[str, Any] | None) -> Any:
+    """The transformers config of a model by shape, or of the one at `path`."""
+    from transformers import AutoConfig
+
+    if path is not None:
+        check_folder(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    assert config is not None
+    if "model_type" not in config:
+        raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")
+    return AutoConfig.for_model(**config)
+
+
+def check_folder(path: str) -> None:
+    """Raise when `path` is meant as a folder but holds no model; anything that can be a hub id passes."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise OffloadError(f"The folder path={path!r} holds no config.json, so no model. {_WAY_OUT}")
+    elif not _HUB_ID.fullmatch(path):
+        raise OffloadError(f"There is no folder at path={path!r}. {_WAY_OUT}")
+
+
+def load_tokenizer(tokenizer_path: str | None, path: str | None) -> Any:
+    """The tokenizer at `tokenizer_path`, else the one beside the model, else None.
+
+    Raises:
+        OffloadError: when `tokenizer_path` is given and holds none.
+    """
+    from transformers import AutoTokenizer
+
+    place = tokenizer_path or path
+    if place is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if tokenizer_path is not None:
+            raise OffloadError(f"Cannot load a tokenizer from tokenizer_path={tokenizer_path!r}: {error}") from error
+        log.warning("No tokenizer at path=%r: text data needs tokenizer_path=<folder or hub id>.", path)
+        return None

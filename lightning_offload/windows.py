@@ -1,0 +1,84 @@
+"""Who looks at weights or gradients while they may be in flight: hooks of the module and of callbacks.
+
+Weights may be in flight from the optimizer step to each unit's next forward, gradients leave as they arrive. What a
+user overrides in between is found here once, at the start of fit, and answered with the slower but exact order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+WEIGHT_HOOKS = ("on_train_batch_end", "on_train_batch_start")
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+EPOCH_HOOKS = ("on_train_epoch_end", "on_train_epoch_start")
+GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
+STEP_HOOKS = ("configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "on_before_zero_grad")
+
+_READS_NO_WEIGHTS = {
+    "BatchSizeFinder",
+    "DeviceStatsMonitor",
+    "EarlyStopping",
+    "GradientAccumulationScheduler",
+    "LearningRateFinder",
+    "LearningRateMonitor",
+    "ModelCheckpoint",  # saves through the strategy, which flushes
+    "ModelSummary",
+    "OffloadStats",
+    "OffloadSummary",
+    "RichModelSummary",
+    "RichProgressBar",
+    "ThroughputMonitor",
+    "Timer",
+    "TQDMProgressBar",
+}
+_OURS = "lightning_offload.callbacks"
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was found, as ``class.hook`` names.
+
+    Attributes:
+        weights: Hooks that run while weights may be in flight, every step.
+        epochs: The same at the end or start of an epoch.
+        gradients: Hooks between backward and step, which may read or write gradients.
+    """
+
+    weights: tuple[str, ...] = ()
+    epochs: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+
+
+def find_window(trainer: Trainer, module: LightningModule) -> Window:
+    """List the hooks of ``module`` and of the Trainer's callbacks that look at weights or gradients in flight."""
+    callbacks = [callback for callback in _callbacks(trainer) if not _is_known(callback)]
+    weights = [*_overridden(module, LightningModule, (*WEIGHT_HOOKS, *TRANSFER_HOOKS))]
+    epochs = [*_overridden(module, LightningModule, EPOCH_HOOKS)]
+    gradients = [*_overridden(module, LightningModule, (*GRADIENT_HOOKS, *STEP_HOOKS))]
+    for callback in callbacks:
+        weights += _overridden(callback, Callback, WEIGHT_HOOKS)
+        epochs += _overridden(callback, Callback, EPOCH_HOOKS)
+        gradients += _overridden(callback, Callback, (*GRADIENT_HOOKS, "on_before_zero_grad"))
+    return Window(tuple(weights), tuple(epochs), tuple(gradients))
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
+
+
+def _is_known(callback: Callback) -> bool:
+    kind = type(callback)
+    return kind.__name__ in _READS_NO_WEIGHTS and (
+        kind.__module__ == _OURS or kind.__module__.startswith(pl_callbacks.__name__)
+    )
+
+
+def _overridden(instance: object, parent: type[object], hooks: Iterable[str]) -> list[str]:
+    name = type(instance).__name__
+    return [f"`{name}.{hook}`" for hook in hooks if is_overridden(hook, instance, parent)]
