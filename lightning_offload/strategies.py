@@ -64,6 +64,9 @@ class OffloadBehaviour(Strategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is None:
+            self._precision_plugin = None  # the Trainer chooses only where the strategy has not
+            return
         self._precision_plugin = OffloadPrecision.from_plugin(plugin, self.strategy_name)
         self._precision_plugin.dtypes(self._method().name)
 
