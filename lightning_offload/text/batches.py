@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -77,39 +78,49 @@ class ResumableSampler(DistributedSampler[Any]):
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        order = list(super().__iter__())
-        first, self.start = self.start // self.num_replicas, 0
-        return iter(order[first:])
+        return iter(list(super().__iter__())[self.start // self.num_replicas :])
 
 
 class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` over a `ResumableSampler` that knows how far it is; Lightning keeps its state in checkpoints.
 
-    What counts is samples, not batches: another batch size or number of devices goes on at the same sample.
+    The shuffled epochs form one stream. Each iteration goes on where the last one stopped, for as many batches as an
+    epoch has: a checkpoint taken anywhere continues with the next sample, also where Lightning counts the epoch as
+    over (the end of ``max_steps``). What counts is samples, so another batch size or number of devices does as well.
     """
 
-    used: int = 0  # samples of the current epoch that were handed out, over all devices
-    resume_at: tuple[int, int] | None = None  # epoch, samples used
+    position: tuple[int, int] | None = None  # epoch, and samples of it used over all devices; None before the first
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        sampler = self.sampler
-        assert isinstance(sampler, ResumableSampler)
+        sampler, left = self._sampler, len(self)
+        epoch, used = self.position or (sampler.epoch, 0)
+        while left:
+            if used >= sampler.total_size:
+                epoch, used = epoch + 1, 0
+            sampler.set_epoch(epoch)
+            sampler.start = used
+            for batch in islice(super().__iter__(), left):
+                used = min(used + self._batch_samples, sampler.total_size)
+                self.position = epoch, used
+                left -= 1
+                yield batch
+
+    @property
+    def _sampler(self) -> ResumableSampler:
+        assert isinstance(self.sampler, ResumableSampler)
+        return self.sampler
+
+    @property
+    def _batch_samples(self) -> int:
+        """Samples of one batch, over all devices."""
         assert self.batch_size is not None
-        self.used = 0
-        # a state from the very end of an epoch, or from another one, leaves the coming epoch whole
-        if self.resume_at is not None and self.resume_at[0] == sampler.epoch and self.resume_at[1] < sampler.total_size:
-            self.used = sampler.start = self.resume_at[1]
-        self.resume_at = None
-        for batch in super().__iter__():
-            self.used = min(self.used + self.batch_size * sampler.num_replicas, sampler.total_size)
-            yield batch
+        return self.batch_size * self._sampler.num_replicas
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, samples used in it, and what fixes the order."""
-        sampler = self.sampler
-        assert isinstance(sampler, ResumableSampler)
-        return {"epoch": sampler.epoch, "used": self.used, "seed": sampler.seed, "samples": len(self.dataset)}  # type: ignore[arg-type]
+        """The position, and what fixes the order."""
+        epoch, used = self.position or (self._sampler.epoch, 0)
+        return {"epoch": epoch, "used": used, "seed": self._sampler.seed, "samples": len(self.dataset)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the last sample used; raises ValueError when data or seed are others."""
@@ -117,8 +128,7 @@ class ResumableLoader(DataLoader[Any]):
         for name in ("seed", "samples"):
             if own[name] != state[name]:
                 raise ValueError(
-                    f"Cannot resume in the middle of an epoch: the checkpoint's data has {name}={state[name]},"
-                    f" this run's {own[name]}. Use the same data and data.seed, or start anew without ckpt_path."
+                    f"Cannot go on with the data: the checkpoint's has {name}={state[name]}, this run's {own[name]}."
+                    " Use the same data and data.seed, or start anew without ckpt_path."
                 )
-        self.resume_at = (state["epoch"], state["used"])
-        self.sampler.set_epoch(state["epoch"])  # type: ignore[attr-defined]
+        self.position = state["epoch"], state["used"]
