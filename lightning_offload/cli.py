@@ -136,9 +136,12 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
     schema.register()
     OmegaConf.register_new_resolver("run_folder", functools.cache(runs.choose_folder), replace=True)
     seen_by_all = sys.argv, os.environ.get(_FULL_ERROR)
+    begun = False
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_offload.conf", config_name=command)
     def task(cfg: DictConfig) -> None:
+        nonlocal begun
+        begun = True
         # an exception that leaves this function makes Hydra print a line of its own
         with _process_state(*seen_by_all), _one_line_for_users(command):
             try:
@@ -149,7 +152,12 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
 
     # The variable makes Hydra raise its errors instead of printing several lines and exiting with 1.
     with _process_state([sys.argv[0], *arguments], "1"):
-        task()
+        try:
+            task()
+        except ValueError as error:  # how Hydra refuses `group=null`
+            if begun:
+                raise
+            raise OffloadError(f"{error} (a group is switched off by =none)") from error
 
 
 @contextmanager

@@ -85,12 +85,10 @@ def folder_of(checkpoint: Path) -> Path:
     Raises:
         CheckpointError: The file is not in a run's folder, so nothing says which model it is of.
     """
-    folder = checkpoint.resolve().parent.parent
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            f"{str(checkpoint)!r} is in no run: there is no {str(folder / CONFIG)!r} to say its model"
-        )
-    return folder
+    for folder in checkpoint.absolute().parents:
+        if (folder / CONFIG).is_file():
+            return folder
+    raise CheckpointError(f"{str(checkpoint)!r} is in no run's folder: there is no {CONFIG} that says its model")
 
 
 def remove_if_empty(folder: Path) -> None:

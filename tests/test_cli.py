@@ -1,0 +1,331 @@
+"""The command line through its real entry point: what it writes, what it continues, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.image import imread
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from lightning_offload import cli, plots, runs
+
+TEXT = "".join(f"def add_{i}(x, y={i}):\n    return x + y * {i * i}\n\n" for i in range(200))
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of a few thousand parameters, another one of other shape, and a text."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "text.py").write_text(TEXT)
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel()
+    raw.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+    for name, changes in {"small": {}, "wide": {"intermediate_size": 48}}.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(**{**SMALL, **changes, "vocab_size": len(tokenizer), "tie_word_embeddings": True})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def given(inputs: Path) -> list[str]:
+    """Settings of a run that takes a second."""
+    return [
+        "model=pretrained",
+        f"model.path={inputs / 'small'}",
+        "data=text",
+        f"data.path={inputs / 'text.py'}",
+        "data.sequence_length=16",
+        "data.batch_size=2",
+        "hardware=cpu",
+        "lr=1e-2",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "trainer.limit_val_batches=2",
+        "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=false",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """Call the console script's function as a shell would."""
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lightning-offload", *arguments])
+        try:
+            return cli.main()
+        except SystemExit as stopped:
+            return stopped.code
+        finally:
+            assert sys.argv == ["lightning-offload", *arguments]
+
+    return call
+
+
+@pytest.fixture
+def refused(run, capsys: pytest.CaptureFixture[str]):
+    """Call it with something wrong: one line, exit code 2, nothing left behind. Returns the line."""
+
+    def call(*arguments: str) -> str:
+        before = {Path("runs"), *Path().rglob("*")}
+        assert run(*arguments) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-offload")]
+        assert len(said) == 1
+        assert not set(Path().rglob("*")) - before
+        return said[0]
+
+    return call
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [step for step, _ in plots.read_curve(folder, "train/loss")]
+
+
+# What it does
+
+
+@pytest.mark.parametrize("method", ["none", "full"])
+def test_train_writes_everything_and_continues(method: str, run, given, capsys, workplace: Path) -> None:
+    assert run("train", *given, f"method={method}") == 0
+    folder = workplace / "runs" / f"{method}-pretrained-text-1"
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "checkpoints", "hf", "logs", "loss.png"}
+    assert imread(folder / "loss.png").std() > 0
+    assert AutoModelForCausalLM.from_pretrained(folder / "hf")
+    assert (folder / "hf" / "tokenizer.json").is_file()
+    assert OmegaConf.load(folder / "config.yaml").method.name == method
+    assert torch.load(runs.newest_checkpoint(folder), weights_only=True)["global_step"] == 4
+    out = capsys.readouterr().out
+    assert "learned, between" in out
+    before, after = out.split("  loss ")[1].splitlines()[0].split(" -> ")
+    assert float(after) < float(before)
+
+    assert run("train", *given, f"method={method}", "ckpt_path=last", "trainer.max_steps=7") == 0
+    assert [p.name for p in (workplace / "runs").iterdir()] == [folder.name]
+    assert torch.load(runs.newest_checkpoint(folder), weights_only=True)["global_step"] == 7
+    assert len(steps_logged(folder)) == 7
+    assert "continues from" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_losses_and_runs_are_numbered(run, given, workplace: Path) -> None:
+    for _ in range(2):
+        assert run("train", *given, "method=none", "export=false") == 0
+    first, second = (workplace / "runs" / f"none-pretrained-text-{n}" for n in (1, 2))
+    assert plots.read_curve(first, "train/loss") == plots.read_curve(second, "train/loss")
+    assert plots.plot_losses([first, second], workplace / "both.png").stat().st_size > 10_000
+
+
+def test_a_named_run_is_never_overwritten_and_feeds_evaluate_and_export(run, refused, given, inputs, capsys) -> None:
+    assert run("train", *given, "method=none", "name=mine") == 0
+    capsys.readouterr()
+    line = refused("train", *given, "method=none", "name=mine")
+    assert "'runs/mine' holds a run already" in line.replace(f"{os.getcwd()}/", "")
+    assert "ckpt_path=last" in line
+
+    assert run("evaluate", "ckpt_path=runs/mine", "hardware=cpu", "max_new_tokens=4", "prompt=def add") == 0
+    result = json.loads(Path("runs/mine/evaluation.json").read_text())
+    assert {"loss", "perplexity", "bits_per_byte", "sample"} <= result.keys()
+    assert run("evaluate", "model=pretrained", "model.path=runs/mine/hf", *given[2:7], "output=other.json") == 0
+    assert json.loads(Path("other.json").read_text())["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+    assert run("export", "ckpt_path=runs/mine", "output=out", "dtype=bfloat16") == 0
+    assert AutoModelForCausalLM.from_pretrained("out", dtype="auto").dtype == torch.bfloat16
+    assert "out" in capsys.readouterr().out
+    capsys.readouterr()
+
+    checkpoint = runs.newest_checkpoint(Path("runs/mine"))
+    line = refused("train", *given, f"model.path={inputs / 'wide'}", "method=none", f"ckpt_path='{checkpoint}'")
+    assert "first differing tensor: 'network.model.layers.0.mlp.gate_proj.weight'" in line
+    Path("cut.ckpt").write_bytes(checkpoint.read_bytes()[:5000])
+    assert "cut.ckpt" in refused("train", *given, "method=none", "ckpt_path=cut.ckpt")
+    assert "in no run's folder" in refused("export", "ckpt_path=cut.ckpt")
+    assert "`dtype` is float32" in refused("export", "ckpt_path=runs/mine", "dtype=int8", "output=out2")
+
+
+def test_multirun_gives_each_job_its_folder(run, given) -> None:
+    assert run("train", "-m", *given, "method=none", "seed=0,1", "export=false", "trainer.max_steps=1") == 0
+    (sweep,) = Path("runs").iterdir()
+    assert {p.name for p in sweep.iterdir() if p.is_dir()} == {"0", "1"}
+    assert [OmegaConf.load(sweep / str(n) / "config.yaml").seed for n in (0, 1)] == [0, 1]
+
+
+def test_fast_dev_run_leaves_nothing(run, given) -> None:
+    assert run("train", *given, "method=none", "debug=fast_dev_run") == 0
+    assert not list(Path("runs").iterdir())
+
+
+def test_users_add_their_own_files(run, given, refused, capsys) -> None:
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/a.yaml").write_text("# @package _global_\nname: from_a\ntrainer: {max_steps: 1}\n")
+    arguments = ["train", "--config-dir", "mine", *given[:8], "method=none", "trainer.enable_progress_bar=false"]
+    assert run(*arguments, "experiment=a", "export=false", "trainer.limit_val_batches=1") == 0
+    assert Path("runs/from_a/config.yaml").is_file()
+    capsys.readouterr()
+    Path("mine/experiment/b.yaml").write_text("# @package _global_\nmax_stepps: 1\n")
+    assert "max_stepps" in refused(*arguments, "experiment=b")
+    Path("mine/experiment/c.yaml").write_text("# @package _global_\ntrainer: {max_stepps: 1}\n")
+    assert "max_stepps" in refused(*arguments, "experiment=c")
+
+
+# How it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("trian", "no command 'trian'; there are train, evaluate, export"),
+        ("train modle=tiny", "no key or group 'modle'"),
+        ("train model=tinny", "Could not find 'model/tinny'"),
+        ("train model.dimm=3", "no key or group 'model.dimm'"),
+        ("train method.nam=x", "no key or group 'method.nam'"),
+        ("train +foo=1", "no key 'foo'"),
+        ("train seed=abc", "seed=abc"),
+        ("train logger=null", "switched off by =none"),
+        ("train foo", "parsing override 'foo'"),
+        ("train --max-steps 4", "key=value"),
+        ("train +optimizer.lrr=1", "optimizer: got an unexpected keyword argument 'lrr'"),
+        ("train optimizer._target_=torch.optim.Adammm", "optimizer: Error loading 'torch.optim.Adammm'"),
+        ("train model=pretrained", "model.path has no value"),
+        ("train model=pretrained model.path=/no/where", "There is no folder at path='/no/where'"),
+        ("train {given} model.dtype=float33", "model: dtype='float33'"),
+        ("train {given} +model.dimm=3", "unexpected keyword argument 'dimm'"),
+        ("train {given} data.path=none.txt", "none.txt"),
+        ("train {given} data.sequence_length=1", "data: data needs sequence_length >= 2"),
+        ("train {given} data.path=empty.txt", "nothing to train on"),
+        ("train {given} data=jsonl data.path=bad.jsonl", "bad.jsonl, line 2: not valid JSON"),
+        ("train {given} trainer.max_steps=abc", "trainer: "),
+        ("train {given} +trainer.max_stepps=4", "trainer: "),
+        ("train {given} trainer.gradient_clip_algorithm=nrom", "trainer: `gradient_clip_algorithm` nrom is invalid"),
+        ("train {given} precision=bf16-mixed precision.precision=64-true", "64-true"),
+        ("train {given} trainer.strategy.min_numel=-1", "min_numel"),
+        ("train {given} ckpt_path=last", "ckpt_path=last finds no checkpoint"),
+        ("train {given} ckpt_path=none.ckpt", "no checkpoint and no run at 'none.ckpt'"),
+        ("train {given} scheduler=cosine trainer.max_steps=-1", "trainer.max_steps=<number>"),
+        ("train {given} model=llama_1b3 {shape}", "init='random'"),
+        ("evaluate", "which model and data to evaluate"),
+        ("evaluate ckpt_path=nowhere", "no checkpoint and no run at 'nowhere'"),
+        ("export", "ckpt_path has no value"),
+        ("export ckpt_path=nowhere", "no checkpoint and no run at 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: str, said: str, refused, given, inputs) -> None:
+    Path("empty.txt").touch()
+    Path("bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    shape = [
+        *(f"model.config.{name}={value}" for name, value in SMALL.items()),
+        "model.config.num_key_value_heads=2",
+        f"model.tokenizer_path={inputs / 'small'}",
+    ]
+    words: list[str] = []
+    for word in arguments.split():
+        words += given if word == "{given}" else shape if word == "{shape}" else [word]
+    if "data=jsonl" in words:
+        words.remove("data=text")
+    if "model=llama_1b3" in words:
+        words = [w for w in words if not w.startswith(("model=pretrained", "model.path"))]
+    assert said in refused(*words)
+
+
+def test_a_bug_keeps_its_traceback(run, given, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_offload.text import CausalLM
+
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(CausalLM, "training_step", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("train", *given, "method=none")
+
+
+def test_a_conflict_found_in_fit_is_one_line(refused, given, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_offload.text import CausalLM
+
+    def conflict(*_: object) -> None:
+        raise MisconfigurationException("these two flags exclude each other")
+
+    monkeypatch.setattr(CausalLM, "validation_step", conflict)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.OmegaConf, "save", lambda *_, **__: None)
+        assert "exclude each other" in refused("train", *given, "method=none", "logger=none", "callbacks=none")
+
+
+def test_the_whole_traceback_when_asked_for(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(cli.HydraException):
+        run("train", "modle=tiny")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_the_installed_script() -> None:
+    script = shutil.which("lightning-offload", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if script is None:
+        pytest.skip("the package is not installed, only importable")
+    help_text = subprocess.run([script], capture_output=True, text=True, check=True).stdout
+    assert len(help_text.splitlines()) <= 24
+    assert all(f"lightning-offload {command}" in help_text for command in ("train", "evaluate", "export"))
+    bad = subprocess.run([script, "train", "modle=tiny"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, len(bad.stderr.splitlines()), bad.stdout) == (2, 1, "")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_help_of_a_command_fits_a_screen(command: str, run, capsys) -> None:
+    assert run(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 40
+    assert lines[0].startswith(f"lightning-offload {command}")
+
+
+# Folders and curves
+
+
+def test_last_is_the_newest_run_of_that_name_with_a_checkpoint(tmp_path: Path) -> None:
+    for number, has_checkpoint in ((2, True), (9, True), (10, False)):
+        (tmp_path / f"a-{number}" / "checkpoints").mkdir(parents=True)
+        if has_checkpoint:
+            (tmp_path / f"a-{number}" / "checkpoints" / "x.ckpt").touch()
+    (tmp_path / "a-b-11").mkdir()
+    choose = runs.choose_folder
+    assert choose(str(tmp_path), None, "a", "last") == str(tmp_path / "a-9")
+    assert choose(str(tmp_path), None, "a", None) == str(tmp_path / "a-11")
+    assert choose(str(tmp_path), None, "a", None) == str(tmp_path / "a-12")
+    assert choose(str(tmp_path), "mine", "a", "last") == str(tmp_path / "mine")
+
+
+def test_a_continued_run_is_one_curve(tmp_path: Path) -> None:
+    rows = {0: ["0,5,", "0,,5", "1,4,", "2,3,"], 1: ["0,,9", "2,2,", "3,1,", "3,,1"]}
+    for version, lines in rows.items():
+        (tmp_path / f"logs/version_{version}").mkdir(parents=True)
+        content = "\n".join(["step,train/loss,val/loss", *lines])
+        (tmp_path / f"logs/version_{version}/metrics.csv").write_text(content)
+    assert plots.read_curve(tmp_path, "train/loss") == [(0, 5), (1, 4), (2, 2), (3, 1)]
+    assert plots.read_curve(tmp_path, "val/loss") == [(0, 5), (3, 1)]
+
+
+def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no losses in"):
+        plots.plot_losses([tmp_path], tmp_path / "loss.png")
+
+
+def test_smoothing_keeps_a_line_and_the_length() -> None:
+    assert plots.smooth([1.0, 2.0, 3.0, 4.0], 3)[1:3] == [2.0, 3.0]
+    assert plots.smooth([1.0], 5) == [1.0]

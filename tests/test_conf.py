@@ -1,0 +1,182 @@
+"""Every file in conf/ composes, and what this machine can is instantiated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from lightning_offload.conf import schema
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.optim.lr_scheduler import LRScheduler
+
+import lightning_offload
+
+CONF = Path(schema.__file__).parent
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+}
+GROUPS = {group: options for group, options in GROUPS.items() if options}
+FILES = [(group, option) for group, options in sorted(GROUPS.items()) for option in options]
+PARAMETERS = {"llama_1b3": 1.345e9, "llama3_8b": 8.030e9}
+
+
+@pytest.fixture(autouse=True)
+def _hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    schema.register()
+    OmegaConf.register_new_resolver("run_folder", lambda *names: f"runs/{names[2]}-1", replace=True)
+    with initialize_config_module("lightning_offload.conf", version_base="1.3"):
+        yield
+    HydraConfig.instance().cfg = None
+
+
+def composed(*overrides: str, command: str = "train") -> DictConfig:
+    cfg = compose(command, list(overrides), return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = "runs/a-1"
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def mandatory(group: str, option: str) -> list[str]:
+    """What the file leaves to the user."""
+    needs_path = (group, option) in {("model", "pretrained"), ("data", "text"), ("data", "jsonl")}
+    return [f"{group}.path=somewhere"] if needs_path else []
+
+
+@pytest.mark.parametrize(("group", "option"), FILES, ids=lambda value: value)
+def test_every_file_composes_and_resolves(group: str, option: str) -> None:
+    cfg = composed(f"{group}={option}", *mandatory(group, option))
+    assert HydraConfig.get().runtime.choices[group] == option
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for key, node in _leaves(content):
+        get_class_or_function(node["_target_"], key)
+
+
+def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, node in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(node, dict | list):
+            yield from _leaves(node, f"{key}.{name}")
+    if isinstance(content, dict) and "_target_" in content:
+        yield key, content
+
+
+def get_class_or_function(target: str, key: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except ImportError as error:
+        if error.name in ("tensorboard", "tensorboardX"):
+            pytest.skip(f"{key} needs {error.name}")
+        raise
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_every_command_composes_and_its_help_fits_a_screen(command: str) -> None:
+    overrides = ["ckpt_path=a"] if command == "export" else []
+    cfg = composed(*overrides, command=command)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    lines = HydraConfig.get().help.template.splitlines()
+    assert len(lines) + len(GROUPS) < 40
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("option", GROUPS["experiment"])
+def test_an_experiment_starts_with_its_command(option: str) -> None:
+    lines = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith(f"# lightning-offload train experiment={option}")
+
+
+@pytest.mark.parametrize("option", GROUPS["model"])
+def test_models_are_built_without_memory(option: str) -> None:
+    if option in ("tiny", "pretrained"):
+        pytest.skip("reads weights: test_cli trains it")
+    node = composed(f"model={option}", "model.init=random").model
+    with torch.device("meta"):
+        model = instantiate({**node, "tokenizer_path": None}, _convert_="all")
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[option], rel=1e-3)
+
+
+@pytest.mark.parametrize("option", GROUPS["data"])
+def test_data_modules_are_built_with_every_argument_shown(option: str) -> None:
+    node = composed(f"data={option}", *mandatory("data", option), "seed=7").data
+    assert instantiate(node, _convert_="all").seed == 7
+    hidden = set(_arguments(get_class(node._target_))) - set(node) - {"tokenizer", "common", "self"}
+    assert not hidden
+
+
+def _arguments(of: type) -> Iterator[str]:
+    for base in of.__mro__:
+        if base.__module__.startswith("lightning_offload"):
+            yield from inspect.signature(base.__init__).parameters
+
+
+@pytest.mark.parametrize("scheduler", GROUPS["scheduler"])
+@pytest.mark.parametrize("optimizer", GROUPS["optimizer"])
+def test_optimizers_and_schedulers_step(optimizer: str, scheduler: str) -> None:
+    cfg = composed(f"optimizer={optimizer}", f"scheduler={scheduler}", "lr=0.5", "trainer.max_steps=4")
+    made = instantiate(cfg.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(2))])
+    factory = instantiate(cfg.scheduler, _convert_="all")
+    open_steps = {"total_steps": 4} if "total_steps" in inspect.signature(factory).parameters else {}
+    schedule = factory(made, **open_steps)
+    assert isinstance(schedule, LRScheduler)
+    rates = []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        made.step()
+        schedule.step()
+    assert rates[0] == 0.5
+    assert rates[-1] == 0.5 if scheduler == "constant" else 0 < rates[-1] < 0.25
+    assert schedule.get_last_lr()[0] == pytest.approx(0.5 if scheduler == "constant" else 0.0, abs=1e-9)
+
+
+def trainer_from(cfg: DictConfig) -> L.Trainer:
+    groups = {key: [instantiate(node) for node in (cfg[key] or {}).values()] for key in ("callbacks", "logger")}
+    return instantiate(cfg.trainer, **groups, _convert_="all")
+
+
+@pytest.mark.parametrize("group", ["debug", "callbacks", "logger", "trainer", "hardware", "method", "precision"])
+def test_trainers_are_built(group: str) -> None:
+    for option in GROUPS[group]:
+        if (group, option) == ("logger", "tensorboard"):
+            pytest.importorskip("tensorboard", reason="logger=tensorboard needs tensorboard")
+        trainer = trainer_from(composed(f"{group}={option}"))
+        assert trainer.precision_plugin.precision == (option if group == "precision" else "32-true")
+        assert trainer.num_devices == 1
+
+
+@pytest.mark.parametrize("precision", GROUPS["precision"])
+def test_plain_lightning_gets_the_same_precision(precision: str) -> None:
+    trainer = trainer_from(composed("method=none", f"precision={precision}", "hardware=cpu"))
+    assert trainer.precision == precision
+    assert not isinstance(trainer.precision_plugin, lightning_offload.OffloadPrecision)
+
+
+def test_a_dtype_given_by_key_reaches_the_precision() -> None:
+    trainer = trainer_from(composed("precision=bf16-true", "precision.wire=bfloat16"))
+    assert isinstance(trainer.precision_plugin, lightning_offload.OffloadPrecision)
+    assert trainer.precision_plugin.precision == "bf16-true"
+
+
+def test_a_precision_on_the_command_line_wins_over_the_hardware() -> None:
+    assert composed("hardware=cpu", "precision=bf16-true").precision.precision == "bf16-true"
+
+
+@pytest.mark.parametrize("option", [name for name in GROUPS["method"] if name != "none"])
+def test_method_settings_are_those_of_the_strategy(option: str) -> None:
+    node = composed(f"method={option}").trainer.strategy
+    of_lightning = {"accelerator", "checkpoint_io", "precision_plugin"}
+    given = {name: value for name, value in node.items() if name not in {"_target_", *of_lightning}}
+    parameters = inspect.signature(get_class(node._target_)).parameters.values()
+    assert given == {p.name: p.default for p in parameters if p.name not in of_lightning}
