@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -60,6 +61,7 @@ class TextData(L.LightningDataModule):
         self.seed = seed
         self.tokenizer = tokenizer
         self._sets: tuple[Dataset[Example], Dataset[Example]] | None = None
+        self._resume: dict[str, int] | None = None
 
     def read(self) -> tuple[Dataset[Example], Dataset[Example]]:
         """Training and validation examples, tokenized; called once, when `tokenizer` is there."""
@@ -120,13 +122,32 @@ class TextData(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         examples = self._set(0)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return ResumableLoader(
+        loader = ResumableLoader(
             examples,
             batch_size=self.batch_size,
             sampler=ResumableSampler(examples, num_replicas=world, rank=rank, shuffle=True, seed=self.seed),
             collate_fn=self._collate,
             num_workers=self.num_workers,
         )
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+            self._resume = None
+        return loader
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        loader = self.trainer.train_dataloader if self.trainer else None
+        return loader.state_dict() if isinstance(loader, ResumableLoader) else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning also restores the loader itself, but not one that a schedule's `total_steps` had it make earlier
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or not state_dict:
+            return
+        if isinstance(self.trainer.train_dataloader, ResumableLoader):
+            self.trainer.train_dataloader.load_state_dict(state_dict)
+        else:
+            self._resume = state_dict
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:

@@ -38,7 +38,8 @@ def build_network(*, path: str | None, config: dict[str, Any] | None, init: str,
     if path is not None and init == "pretrained":
         check_folder(path)
         try:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=kind, trust_remote_code=False)
+            # loaded models come in eval mode, which Lightning keeps: no dropout, no gradient checkpointing
+            return AutoModelForCausalLM.from_pretrained(path, dtype=kind, trust_remote_code=False).train()
         except (OSError, ValueError) as error:
             raise OffloadError(f"Cannot load a causal language model from path={path!r}: {error} {_WAY_OUT}") from error
     return AutoModelForCausalLM.from_config(shape(path, config), dtype=kind, trust_remote_code=False)

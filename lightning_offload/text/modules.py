@@ -173,5 +173,8 @@ class CausalLM(L.LightningModule):
             raise ValueError("This model has no tokenizer: pass tokenizer_path=<folder or hub id>.")
         inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.network.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        was_training = self.network.training
+        self.network.eval()
         output = self.network.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        self.network.train(was_training)
         return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -6,6 +6,16 @@ from transformers import AutoTokenizer
 
 from lightning_offload.text import TINY_PATH, CausalLM
 
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small lose more to waiting for threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 TINY_SHAPE = {
     "model_type": "llama",
     "vocab_size": 2048,

@@ -74,6 +74,20 @@ def test_scheduler_gets_the_trainers_steps(small_model, data, trainer):
     assert rates == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("limits", [{"max_steps": 13}, {"max_steps": -1, "max_epochs": 2}])
+def test_goes_on_with_a_schedule_that_asks_for_the_steps(small_model, data, trainer, tmp_path, limits):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    whole, again = small_model(scheduler=linear_decay), small_model(scheduler=linear_decay)
+    trainer(**limits, callbacks=[Stop()]).fit(whole, data)
+    trainer(**limits).fit(again, data, ckpt_path=tmp_path / "a.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 def test_wsd_and_its_errors():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = wsd(optimizer, total_steps=10, warmup_steps=3, decay=0.4)
