@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Net(nn.Module):
         functional_head: bool = False,
     ) -> None:
         super().__init__()
+        torch.manual_seed(0)  # two nets are equal
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.blocks = nn.ModuleList(Block(dropout=dropout, recompute=recompute) for _ in range(depth))
         self.norm = nn.LayerNorm(WIDTH)
@@ -228,3 +230,31 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def pairwise(factors: dict[str, list[Any]], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows that contain every pair of values of every two factors; greedy and reproducible."""
+    names = list(factors)
+    pick = random.Random(seed)
+    open_pairs = {
+        (a, i, b, j)
+        for n, a in enumerate(names)
+        for b in names[n + 1 :]
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+    rows = []
+    while open_pairs:
+        best: tuple[int, dict[str, int]] = (-1, {})
+        for _ in range(60):
+            row = {name: pick.randrange(len(factors[name])) for name in names}
+            gain = sum((a, row[a], b, row[b]) in open_pairs for n, a in enumerate(names) for b in names[n + 1 :])
+            best = max(best, (gain, row), key=lambda pair: pair[0])
+        row = best[1]
+        open_pairs -= {(a, row[a], b, row[b]) for n, a in enumerate(names) for b in names[n + 1 :]}
+        rows.append({name: factors[name][index] for name, index in row.items()})
+    return rows
+
+
+def row_id(row: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in row.values())
