@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,16 @@ def shape(path: str | None, config: dict[str, Any] | None) -> Any:
     assert config is not None
     if "model_type" not in config:
         raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")
-    return AutoConfig.for_model(**config)
+    return AutoConfig.for_model(**_plain(config))
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings and sequences of any kind (as a config library hands them over) as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def check_folder(path: str) -> None:

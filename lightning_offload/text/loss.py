@@ -49,6 +49,10 @@ class TokenLoss(NamedTuple):
 
 def has_plain_head(network: Any) -> bool:
     """Whether `network`'s logits are its output embedding applied to its backbone's last hidden state."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(network, PreTrainedModel):  # wrapped: by an adapter library, by torch.compile
+        return False
     config, head = network.config, network.get_output_embeddings()
     return (
         config.model_type in PLAIN_HEAD

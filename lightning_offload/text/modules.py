@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from typing_extensions import override
 
 from lightning_offload.text.loading import build_network, load_tokenizer
@@ -81,7 +81,10 @@ class CausalLM(L.LightningModule):
         self._has_weights = path is not None or init == "random"
         self._optimizer = optimizer or partial(AdamW, lr=1e-3, fused=True)
         self._scheduler = scheduler
-        self.mean_loss = MeanMetric()  # of the evaluation that is going on
+        # of the evaluation that is going on; "disable" lets a NaN through, where the default leaves it out (two sums,
+        # as with it torchmetrics 1.9's MeanMetric forgets the weights)
+        self.total_loss = SumMetric(nan_strategy="disable")
+        self.total_tokens = SumMetric(nan_strategy="disable")
         if gradient_checkpointing:
             self.network.config.use_cache = False
             self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -107,19 +110,18 @@ class CausalLM(L.LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         # here, not at the end: in the same inference mode (or not) as the updates that follow
-        self.mean_loss.reset()
+        self.total_loss.reset()
+        self.total_tokens.reset()
 
-    @override
-    def on_test_epoch_start(self) -> None:
-        self.mean_loss.reset()
+    on_test_epoch_start = on_validation_epoch_start
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch)
+        loss = next_token_loss(self.network, batch, chunk_tokens=self.loss_chunk_tokens)
+        self.total_loss.update(loss.mean * loss.tokens)
+        self.total_tokens.update(loss.tokens)
 
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch)
+    test_step = validation_step
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -129,13 +131,9 @@ class CausalLM(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
-    def _score(self, batch: Batch) -> None:
-        loss = next_token_loss(self.network, batch, chunk_tokens=self.loss_chunk_tokens)
-        self.mean_loss.update(loss.mean, loss.tokens)
-
     def _report(self, stage: str) -> None:
         """Log the token-weighted mean of the loss, and what follows from it."""
-        loss = float(self.mean_loss.compute())
+        loss = float(self.total_loss.compute() / self.total_tokens.compute())
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", math.exp(min(loss, 700.0)))  # above, a double overflows
         bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", None)  # type: ignore[attr-defined]

@@ -86,6 +86,12 @@ def test_a_router_loss_takes_the_models_own_forward():
     assert not has_plain_head(network_of("mixtral", output_router_logits=True))
 
 
+def test_a_wrapped_model_takes_its_own_forward(batch):
+    network = torch.compile(network_of("llama"), backend="eager")
+    assert not has_plain_head(network)
+    assert next_token_loss(network, batch, chunk_tokens=4).mean.item() == pytest.approx(network(**batch).loss.item())
+
+
 def test_hooks_of_the_head_see_every_chunk_and_never_more(batch):
     network = network_of("llama")
     rows = []

@@ -4,6 +4,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.text import TINY_PATH, CausalLM, MuonAdamW, PythonDocs, linear_decay, wsd
@@ -152,6 +153,20 @@ def test_random_weights_in_the_shape_of_a_folder(small_model):
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         CausalLM(**arguments)
+
+
+def test_a_shape_may_come_from_a_config_library(tmp_path):
+    shape = {**SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    module = CausalLM(config=OmegaConf.create(shape), init="random")
+    module.network.save_pretrained(tmp_path)
+    assert CausalLM(path=str(tmp_path)).network.config.rope_parameters["rope_theta"] == 5000.0
+
+
+def test_a_nan_loss_is_reported_as_one(small_model, data, trainer):
+    module = small_model()
+    with torch.no_grad():
+        module.network.lm_head.weight[5] = torch.nan
+    assert math.isnan(trainer().validate(module, data, verbose=False)[0]["val/loss"])
 
 
 def test_a_folder_without_a_model(tmp_path):
