@@ -287,6 +287,7 @@ class HostOptimizer:
         if self._wants_norms and not self._on_host:
             trained.norm = gradient_norm(gradient)
         ring = self._rings[home.wire.dtype]
+        # the wire is free: the last weight has gone up from it, the last micro-batch has been added
         before = [event for event in (trained.flight.arrived, home.added) if event is not None]
         home.landed = []
         for start in range(0, gradient.numel(), ring.numel):
@@ -298,7 +299,7 @@ class HostOptimizer:
                 [home.wire[start : start + piece.numel()]],
                 [buffer],
                 "d2h",
-                after=[self._lanes.compute(), *before],  # the wire is free: the last weight has gone up from it
+                after=[self._lanes.compute(), *before],
                 priority=trained.flight.order,
                 tag="gradients",
             )
@@ -312,7 +313,7 @@ class HostOptimizer:
         first, wire = not home.taken, home.wire
         home.added = self._lanes.host(
             lambda: total.copy_(wire) if first else total.add_(wire),
-            after=[*home.landed, *([home.added] if home.added is not None else [])],
+            after=home.landed,  # which came after the last addition
             priority=home.trained.flight.order,
             tag="accumulate",
             traffic_bytes=total.numel() * (8 + wire.element_size()),
@@ -339,7 +340,7 @@ class HostOptimizer:
         elements = sum(home.wire.numel() for home in homes)
         flight = homes[0].trained.flight
         after = [event for home in homes for event in home.events]
-        after += [event for event in (verdict.host_ready, flight.arrived) if event is not None]
+        after += [verdict.host_ready] if verdict.host_ready is not None else []
         return self._lanes.host(
             lambda: host_step(self._rule, homes, groups, verdict, self._lanes),
             after=after,

@@ -108,7 +108,7 @@ class Judge:
             [self._device[:HEAD]],
             [on_host[:HEAD]],
             "h2d",
-            after=[verdict.host_ready, self._lanes.compute()],  # the last step's small parameters have read it
+            after=[verdict.host_ready],  # and so after compute of this step: the device buffer's readers are done
             priority=-1,
             tag="verdict",
         )

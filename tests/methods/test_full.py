@@ -245,7 +245,13 @@ def test_a_non_finite_gradient_changes_nothing(kind: str, accumulate: str, value
     for dtypes in (DTypes(), DTypes(compute=torch.bfloat16)):
         before = train(Net(), lanes_of(kind), steps=2, settings=settings, dtypes=dtypes)
         after = train(
-            Net(), lanes_of(kind), steps=3, settings=settings, dtypes=dtypes, late=True, spoil=spoil_gradient(value, {2})
+            Net(),
+            lanes_of(kind),
+            steps=3,
+            settings=settings,
+            dtypes=dtypes,
+            late=True,
+            spoil=spoil_gradient(value, {2}),
         )
         for name, weight in before.weights.items():
             assert torch.equal(weight, after.weights[name]), name
@@ -290,7 +296,9 @@ def test_weights_written_by_others_are_adopted() -> None:
         run = train(Net(), lanes_of("inline"), steps=2, dtypes=dtypes, settings={"min_numel": 60})
         assert run.engine is not None
         assert run.module is not None
-        fine = {t.name: m.clone() for t in run.engine.trained if (m := run.engine._part_of[id(t)].master_of(t)) is not None}
+        fine = {
+            t.name: m.clone() for t in run.engine.trained if (m := run.engine._part_of[id(t)].master_of(t)) is not None
+        }
         with torch.no_grad():
             run.module.head.weight[0, 0] = 5.0
             run.module.norm.weight[0] = 7.0
@@ -307,10 +315,16 @@ def test_weights_written_by_others_are_adopted() -> None:
 
 def snapshot(module: nn.Module) -> Any:
     hooks = {
-        name: [len(getattr(m, kind)) for kind in vars(m) if kind.endswith("_hooks")] for name, m in module.named_modules()
+        name: [len(getattr(m, kind)) for kind in vars(m) if kind.endswith("_hooks")]
+        for name, m in module.named_modules()
     }
     on_parameters = {name: len(p._post_accumulate_grad_hooks or ()) for name, p in module.named_parameters()}
-    return hooks, on_parameters, [id(p) for p in module.parameters()], [(p.dtype, p.device) for p in module.parameters()]
+    return (
+        hooks,
+        on_parameters,
+        [id(p) for p in module.parameters()],
+        [(p.dtype, p.device) for p in module.parameters()],
+    )
 
 
 def test_attach_and_detach_leave_nothing_behind() -> None:
