@@ -7,22 +7,26 @@ random delays.
 What waits for what: a copy waits, on its stream, for the markers of ``after``; a copy that follows host work cannot
 be issued before that work is done, so the host worker issues it; the host worker waits for copies by their markers;
 the main thread waits for nothing but the *issuing* of a copy.
+
+What fails (on the worker, or in a copy that it issues) is raised in the main thread at its next call. What follows
+the failed operation never happens, everything else does, and nobody waits for ever.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_offload.memory.arena import HostMemory
-from lightning_offload.memory.lanes import CopyLane, Event, Place, copy_all, host_buffers, lane_context, nbytes
+from lightning_offload.memory.lanes import CopyLane, Event, Place, host_buffers, lane_context, nbytes
 from lightning_offload.memory.ledger import Ledger
 
 
@@ -30,21 +34,28 @@ class Marker(Protocol):
     """A point in a stream, or in the host worker's work."""
 
     def done(self) -> bool:
-        """Whether it has been reached; never blocks."""
+        """Whether it has been reached; never blocks. Raises if it never will be."""
         ...
 
     def wait(self) -> None:
-        """Block the calling thread until it has been reached."""
+        """Block the calling thread until it has been reached. Raises if it never will be."""
         ...
 
 
 class Streams(Protocol):
     """What a device must offer: asynchronous copies on two lanes, and a compute stream that can wait."""
 
+    def enter_thread(self) -> None:
+        """Called once by a worker thread before it does anything."""
+        ...
+
     def copy(
         self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]
     ) -> tuple[Marker, Callable[[], float | None]]:
-        """Issue the copies behind ``after`` on the lane's stream; the second value tells their seconds once done."""
+        """Issue the copies behind ``after`` on the lane's stream; the second value tells their seconds once done.
+
+        Blocks the calling thread only where ``is_asynchronous`` says no.
+        """
         ...
 
     def compute_marker(self) -> Marker:
@@ -60,12 +71,12 @@ class Streams(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Block until every stream is empty."""
+        """Block until every stream is empty, compute too."""
         ...
 
 
 class Reached:
-    """The marker of host work, which exists only once the work is done."""
+    """A marker that lies behind: of host work that is done, or that never will be."""
 
     def done(self) -> bool:
         """See ``Marker.done``."""
@@ -86,29 +97,40 @@ class _Async(Event):
 
 @dataclass(eq=False)
 class _Operation:
-    event: _Async
+    """A copy to be issued, or host work to be run; ``run`` is given the markers of ``after`` and returns its own."""
+
+    run: Callable[[list[Marker]], Marker]
     after: list[_Async]
     priority: int
-    order: int
-    tag: str
-    bytes: int
-    work: Callable[[], object]
-    lane: str
+    event: _Async = field(default_factory=_Async)
 
     @property
     def issuable(self) -> bool:
         return all(event.marker is not None for event in self.after)
 
     @property
-    def markers(self) -> list[Marker]:
-        return [event.marker for event in self.after if event.marker is not None]
+    def reached(self) -> bool:
+        """Whether all it follows has happened; forgets what has, because asking a device costs."""
+        try:
+            while self.after and (marker := self.after[-1].marker) is not None and marker.done():
+                self.after.pop()
+        except Exception:
+            return True  # running it raises the same again, where it is handed on
+        return not self.after
+
+    def complete(self) -> None:
+        self.event.marker = self.run([event.marker for event in self.after if event.marker is not None])
+        self.after = []
 
 
 @dataclass
-class _Timing:
+class _Copying:
+    """A copy in flight. Holds its tensors: their memory must outlive it, whoever else lets go of them."""
+
     lane: str
     tag: str
-    bytes: int
+    dst: Sequence[Tensor]
+    src: Sequence[Tensor]
     seconds: Callable[[], float | None]
 
 
@@ -136,17 +158,18 @@ class AsyncLanes:
         self._running = False
         self._error: BaseException | None = None
         self._stop = False
-        self._order = 0
         self._worker: threading.Thread | None = None
-        self._timings: list[_Timing] = []
+        self._in_flight: deque[_Copying] = deque()
         self._scratch: dict[torch.dtype, Tensor] = {}
 
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """See ``Lanes.buffers``."""
         with torch.inference_mode(False):
-            if place == "device":
-                return [torch.empty(size, dtype=dtype, device=self.device) for size in sizes]
-            return host_buffers(self.memory, name, sizes, dtype, place)
+            if place != "device":
+                return host_buffers(self.memory, name, sizes, dtype, place)
+            made = [torch.empty(size, dtype=dtype, device=self.device) for size in sizes]
+        self.streams.synchronize()  # recycled memory: compute may still use it, and copies do not wait for compute
+        return made
 
     def watch(self, name: str, tensor: Tensor) -> None:
         """See ``Lanes.watch``."""
@@ -155,7 +178,7 @@ class AsyncLanes:
         """See ``Lanes.scratch``; only the worker calls it, so one buffer per dtype is enough."""
         held = self._scratch.get(dtype)
         if held is None or held.numel() < numel:
-            held = self._scratch[dtype] = torch.empty(numel, dtype=dtype)
+            held = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
         return held[:numel]
 
     def copy(
@@ -168,19 +191,16 @@ class AsyncLanes:
         priority: int = 0,
         tag: str = "",
     ) -> Event:
-        """See ``Lanes.copy``. Between pageable memory and the device a copy would block, so the worker runs it."""
-        dst, src = list(dst), list(src)
+        """See ``Lanes.copy``. Between pageable memory and the device a copy blocks, so the worker does it."""
+        issue = partial(self._issue, lane, list(dst), list(src), tag)
         on_host = src if lane == "h2d" else dst
         if not all(self.streams.is_asynchronous(tensor) for tensor in on_host):
-            return self.host(
-                lambda: self._blocking_copy(lane, dst, src, tag), after=after, priority=priority, tag=f"{tag} pageable"
-            )
+            return self.host(lambda: issue([]).wait(), after=after, priority=priority, tag=f"{tag} pageable")
         with self._changed:
             self._check()
-            operation = self._operation(lambda: None, after, priority, tag, nbytes(dst), lane)
-            operation.work = lambda: self._issue(operation, lane, dst, src)
+            operation = _Operation(issue, _own(after), priority)
             if operation.issuable:
-                operation.work()
+                operation.complete()
             else:
                 self._copies.append(operation)
         return operation.event
@@ -197,7 +217,7 @@ class AsyncLanes:
         """See ``Lanes.host``."""
         with self._changed:
             self._check()
-            operation = self._operation(fn, after, priority, tag, traffic_bytes, "host")
+            operation = _Operation(partial(self._call, fn, tag, traffic_bytes), _own(after), priority)
             self._work.append(operation)
             self._start_worker()
             self._changed.notify_all()
@@ -205,96 +225,87 @@ class AsyncLanes:
 
     def compute(self) -> Event:
         """See ``Lanes.compute``."""
+        self._check()
         return _Async(self.streams.compute_marker())
 
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``: blocks only until each copy has been issued; that time is the lane ``wait``."""
-        for event in events:
-            assert isinstance(event, _Async), "an event of other lanes"
+        self._check()
+        for event in _own(events):
             if event.marker is None:
                 with self.ledger.timed("wait", "issue", 0), self._changed:
                     self._changed.wait_for(partial(self._issued_or_broken, event))
-            with self._changed:
-                self._check()
+                    self._check()
             assert event.marker is not None
             self.streams.compute_wait(event.marker)
 
     def read(self, tensor: Tensor, default: float) -> float:
         """See ``Lanes.read``."""
+        self._check()
         return float(tensor)
 
     def synchronize(self) -> None:
-        """See ``Lanes.synchronize``."""
+        """See ``Lanes.synchronize``; nothing is in flight when it raises either."""
         with self._changed:
-            self._changed.wait_for(lambda: self._idle or self._error is not None)
+            self._changed.wait_for(lambda: not (self._copies or self._work or self._running))
+        try:
+            self.streams.synchronize()
+            self._settle()
+        finally:
             self._check()
-        self.streams.synchronize()
-        self._settle()
 
     def close(self) -> None:
-        """See ``Lanes.close``."""
+        """See ``Lanes.close``; what was not synchronized is dropped. Later host work starts a new worker."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        if self._worker is not None and self._worker is not threading.current_thread():
+        if self._worker is not None:
             self._worker.join()
-        self._worker = None
-        self.streams.synchronize()  # no copy may touch host memory that is being unpinned
-        self._settle()
-        self._scratch.clear()
-        self.memory.close()
+            self._worker = None
+        with self._changed:
+            for operation in (*self._copies, *self._work):
+                self._drop(operation)
+            self._changed.notify_all()
+        try:
+            self.streams.synchronize()  # no copy may touch host memory that is being unpinned
+            self._settle()
+        finally:
+            self._in_flight.clear()
+            self._scratch.clear()
+            self.memory.close()
 
     def _issued_or_broken(self, event: _Async) -> bool:
         return event.marker is not None or self._error is not None
 
-    @property
-    def _idle(self) -> bool:
-        return not self._copies and not self._work and not self._running
-
     def _check(self) -> None:
-        """Raise what the worker raised, once; what depended on it is dropped."""
-        if self._error is not None:
+        """Raise what the worker raised, once."""
+        with self._changed:
             error, self._error = self._error, None
-            for operation in (*self._copies, *self._work):
-                operation.event.marker = Reached()  # dropped: whoever waits for it must not wait for ever
-            self._copies.clear()
-            self._work.clear()
+        if error is not None:
             raise error
 
-    def _operation(
-        self, work: Callable[[], object], after: Iterable[Event], priority: int, tag: str, size: int, lane: str
-    ) -> _Operation:
-        known = [event for event in after if isinstance(event, _Async)]
-        self._order += 1
-        return _Operation(_Async(), known, priority, self._order, tag, size, work, lane)
-
-    def _issue(self, operation: _Operation, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
+    def _issue(
+        self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], tag: str, after: list[Marker]
+    ) -> Marker:
+        self._settle()
         with lane_context(self.device):
-            marker, seconds = self.streams.copy(lane, dst, src, operation.markers)
-        operation.event.marker = marker
-        operation.after = []
-        self._timings.append(_Timing(lane, operation.tag, operation.bytes, seconds))
-        if len(self._timings) > 256:
-            self._settle_ready()
-
-    def _blocking_copy(self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], tag: str) -> None:
-        with self.ledger.timed(lane, tag, nbytes(dst)):
-            copy_all(dst, src)
+            marker, seconds = self.streams.copy(lane, dst, src, after)
+        self._in_flight.append(_Copying(lane, tag, dst, src, seconds))
+        return marker
 
     def _settle(self) -> None:
+        """Move copies that are done to the ledger: their time is known only when the device says so."""
         with self._changed:
-            self._settle_ready()
+            while self._in_flight and (seconds := self._in_flight[0].seconds()) is not None:
+                done = self._in_flight.popleft()
+                self.ledger.record(done.lane, done.tag, nbytes(done.dst), seconds)
 
-    def _settle_ready(self) -> None:
-        """Move finished copies to the ledger: their time is known only when the device says so."""
-        waiting = []
-        for timing in self._timings:
-            seconds = timing.seconds()
-            if seconds is None:
-                waiting.append(timing)
-            else:
-                self.ledger.record(timing.lane, timing.tag, timing.bytes, seconds)
-        self._timings = waiting
+    def _call(self, fn: Callable[[], object], tag: str, traffic_bytes: int, after: list[Marker]) -> Marker:
+        for marker in after:
+            marker.wait()  # there is one only where asking it raised
+        with self.ledger.timed("host", tag, traffic_bytes), lane_context(self.device):
+            fn()
+        return Reached()
 
     def _start_worker(self) -> None:
         if self._worker is None:  # started late, so that dataloader workers forked before it are safe
@@ -303,52 +314,69 @@ class AsyncLanes:
             self._worker.start()
 
     def _run(self) -> None:
+        self.streams.enter_thread()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         while (operation := self._next()) is not None:
+            error: BaseException | None = None
             try:
-                start = perf_counter()
-                with lane_context(self.device):
-                    operation.work()
-                self.ledger.record("host", operation.tag, operation.bytes, perf_counter() - start)
-                self._finished(operation, None)
-            except BaseException as error:  # handed to the main thread
-                self._finished(operation, error)
+                operation.complete()
+            except BaseException as raised:  # handed to the main thread
+                error = raised
+            with self._changed:
+                self._running = False
+                if error is not None:
+                    self._fail(operation, error)
+                self._issue_copies()
+                self._changed.notify_all()
 
     def _next(self) -> _Operation | None:
-        """The operation to run now, with its markers reached; ``None`` when stopping."""
+        """The operation to run now: all it follows has happened; ``None`` when stopping."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stop or any(op.issuable for op in self._work))
                 if self._stop:
                     return None
-                waiting = [op for op in self._work if op.issuable]
-                ready = [op for op in waiting if all(marker.done() for marker in op.markers)]
+                ready = [op for op in self._work if op.reached]
                 if ready:
-                    operation = min(ready, key=lambda op: (op.priority, op.order))
+                    operation = min(ready, key=lambda op: op.priority)  # of equals the one submitted first
                     self._work.remove(operation)
                     self._running = True
                     return operation
-                markers = min(waiting, key=lambda op: op.order).markers
-            next(marker for marker in markers if not marker.done() or marker is markers[-1]).wait()
-
-    def _finished(self, operation: _Operation, error: BaseException | None) -> None:
-        with self._changed:
-            self._running = False
-            if error is None:
-                operation.event.marker = Reached()
-                operation.after = []
-                self._issue_copies()
-            else:
-                self._error = error
-            self._changed.notify_all()
+                marker = next(op for op in self._work if op.issuable).after[-1].marker
+            assert marker is not None
+            with suppress(Exception):  # raised again when the operation runs
+                marker.wait()
 
     def _issue_copies(self) -> None:
-        """Issue the copies that only waited for host work, shallow layers first."""
-        for operation in sorted(self._copies, key=lambda op: (op.priority, op.order)):
-            if operation.issuable:
-                self._copies.remove(operation)
-                try:
-                    operation.work()
-                except BaseException as error:
-                    self._error = error
+        """Issue what only waited for host work, shallow layers first; one copy may follow another."""
+        while issuable := [op for op in self._copies if op.issuable]:
+            operation = min(issuable, key=lambda op: op.priority)
+            self._copies.remove(operation)
+            try:
+                operation.complete()
+            except BaseException as error:
+                self._fail(operation, error)
+
+    def _fail(self, operation: _Operation, error: BaseException) -> None:
+        """Hand on the first error, and drop what follows the operation."""
+        if self._error is None:
+            self._error = error
+        self._drop(operation)
+
+    def _drop(self, operation: _Operation) -> None:
+        """It never happens, nor does what follows it; whoever waits for it goes on."""
+        dropped = [operation]
+        for gone in dropped:
+            dropped += [op for op in (*self._copies, *self._work) if gone.event in op.after and op not in dropped]
+            gone.event.marker = Reached()
+        self._copies = [op for op in self._copies if op not in dropped]
+        self._work = [op for op in self._work if op not in dropped]
+
+
+def _own(events: Iterable[Event]) -> list[_Async]:
+    own = []
+    for event in events:
+        assert isinstance(event, _Async), "an event of other lanes"
+        own.append(event)
+    return own

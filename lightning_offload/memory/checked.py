@@ -33,6 +33,9 @@ class _Node(Event):
     index: int
     before: int
 
+    def follows(self, other: _Node) -> bool:
+        return bool(self.before >> other.index & 1)
+
 
 @dataclass
 class _Access:
@@ -41,10 +44,16 @@ class _Access:
     end: int
     write: bool
 
+    def spans(self, other: _Access) -> bool:
+        return self.start <= other.start and other.end <= self.end
+
+    def supersedes(self, other: _Access) -> bool:
+        return self.spans(other) and self.write >= other.write and self.node.follows(other.node)
+
 
 @dataclass
 class _Watched:
-    """An engine buffer: an address range and who touched it since it was last overwritten."""
+    """An engine buffer: an address range, and those who touched it that later accesses must still be compared with."""
 
     name: str
     start: int
@@ -52,14 +61,15 @@ class _Watched:
     accesses: list[_Access] = field(default_factory=list)
 
     def touch(self, node: _Node, start: int, end: int, write: bool) -> None:
+        new = _Access(node, start, end, write)
         for old in self.accesses:
-            overlap = old.start < end and start < old.end
-            if overlap and (write or old.write) and not node.before >> old.node.index & 1:
-                raise RaceError(_race(self, old, _Access(node, start, end, write)))
-        if write:  # everything it covers is ordered before it, so later accesses need only be compared with it
-            self.accesses = [a for a in self.accesses if not (start <= a.start and a.end <= end)]
-        if not any(a.node is node and a.write == write and a.start <= start and end <= a.end for a in self.accesses):
-            self.accesses.append(_Access(node, start, end, write))
+            if old.start < end and start < old.end and (write or old.write) and not node.follows(old.node):
+                raise RaceError(_race(self, old, new))
+        if any(old.node is node and old.spans(new) and old.write >= write for old in self.accesses):
+            return
+        # Whoever conflicts with a superseded access conflicts with the new one too, and after that it is after both.
+        self.accesses = [old for old in self.accesses if not new.supersedes(old)]
+        self.accesses.append(new)
 
 
 def _race(buffer: _Watched, old: _Access, new: _Access) -> str:
@@ -83,6 +93,7 @@ class CheckedLanes(InlineLanes):
     def __init__(self, memory: HostMemory, device: torch.device | str = "cpu") -> None:
         super().__init__(memory, device)
         self._count = 0
+        self._synchronized = 0  # nodes that everything later comes after, as bits
         self._starts: list[int] = []
         self._watched: list[_Watched] = []
         self._compute = self._node("compute", ())
@@ -157,8 +168,8 @@ class CheckedLanes(InlineLanes):
 
     def synchronize(self) -> None:
         """See ``Lanes.synchronize``: everything so far comes before everything after."""
-        self._compute = self._current = self._node("synchronize", ())
-        self._compute.before = (1 << self._count) - 1
+        self._synchronized = (1 << self._count) - 1
+        self._compute = self._current = self._node("compute", ())
 
     def touch(self, tensor: Tensor, *, write: bool) -> None:
         """The operation that is running reads or writes ``tensor``."""
@@ -173,7 +184,7 @@ class CheckedLanes(InlineLanes):
                 watched.touch(self._current, max(start, watched.start), min(end, watched.end), write)
 
     def _node(self, name: str, after: Iterable[Event]) -> _Node:
-        before = 1 << self._count
+        before = self._synchronized | 1 << self._count
         for event in after:
             assert isinstance(event, _Node), "an event of other lanes"
             before |= event.before
@@ -288,7 +299,7 @@ class ShuffledLanes(InlineLanes):
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``: runs the events' ancestors, and at random whatever else is ready."""
         self._progress()
-        waiting = [event for event in events if isinstance(event, _Queued)]
+        waiting = _own(events)
         while not all(event.done for event in waiting):
             self._run_one(_ancestors(waiting) if self._random.random() < 0.7 else None)
 
@@ -298,8 +309,7 @@ class ShuffledLanes(InlineLanes):
             self._run_one(None)
 
     def _submit(self, run: Callable[[], object], after: Iterable[Event], targets: Sequence[Tensor]) -> Event:
-        known = [event for event in after if isinstance(event, _Queued)]
-        operation = _Queued(run, known, targets)
+        operation = _Queued(run, _own(after), targets)
         self._queue.append(operation)
         self._progress()
         return operation
@@ -313,11 +323,21 @@ class ShuffledLanes(InlineLanes):
         ready = [op for op in self._queue if op.ready and (among is None or id(op) in among)]
         operation = self._random.choice(ready)
         self._queue.remove(operation)
-        with lane_context(self.device):
-            operation.run()
-        operation.done = True
-        operation.after = []
+        try:
+            with lane_context(self.device):
+                operation.run()
+        except BaseException:
+            self._drop_followers(operation)
+            raise
+        finally:
+            operation.done = True
+            operation.after = []
         self._poison()
+
+    def _drop_followers(self, failed: _Queued) -> None:
+        for operation in [op for op in self._queue if id(failed) in _ancestors([op])]:
+            self._queue.remove(operation)
+            operation.done = True
 
     def _poison(self) -> None:
         for operation in self._queue:
@@ -327,6 +347,14 @@ class ShuffledLanes(InlineLanes):
                     for target in operation.targets:
                         if target.is_floating_point():
                             target.fill_(float("nan"))
+
+
+def _own(events: Iterable[Event]) -> list[_Queued]:
+    own = []
+    for event in events:
+        assert isinstance(event, _Queued), "an event of other lanes"
+        own.append(event)
+    return own
 
 
 def _ancestors(events: Iterable[_Queued]) -> set[int]:

@@ -17,8 +17,13 @@ class CudaStreams:
     """CUDA streams and events; made in ``setup``, never pickled."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._lanes = {"h2d": torch.cuda.Stream(device), "d2h": torch.cuda.Stream(device)}
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
+        self._lanes = {"h2d": torch.cuda.Stream(self._device), "d2h": torch.cuda.Stream(self._device)}
+
+    def enter_thread(self) -> None:
+        """See ``Streams.enter_thread``: a new thread is on device 0, where even asking an event starts a context."""
+        torch.cuda.set_device(self._device)
 
     def copy(
         self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]
@@ -34,10 +39,10 @@ class CudaStreams:
             start.record(stream)
             copy_all(dst, src, non_blocking=True)
             end.event.record(stream)
-        return end, lambda: start.elapsed_time(end.event) / 1e3 if end.event.query() else None
+        return end, lambda: start.elapsed_time(end.event) / 1e3 if end.done() else None
 
     def compute_marker(self) -> Marker:
-        """See ``Streams.compute_marker``."""
+        """See ``Streams.compute_marker``: in a backward hook the current stream is that of the gradient."""
         event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return _CudaMarker(event)
@@ -46,17 +51,14 @@ class CudaStreams:
         """See ``Streams.compute_wait``."""
         if isinstance(marker, _CudaMarker):
             torch.cuda.current_stream(self._device).wait_event(marker.event)
-        else:
-            marker.wait()
 
     def is_asynchronous(self, host: Tensor) -> bool:
-        """See ``Streams.is_asynchronous``: only page-locked memory."""
-        return host.is_pinned()
+        """See ``Streams.is_asynchronous``: only page-locked memory (an empty tensor has none)."""
+        return host.numel() == 0 or host.is_pinned()
 
     def synchronize(self) -> None:
         """See ``Streams.synchronize``."""
-        for stream in self._lanes.values():
-            stream.synchronize()
+        torch.cuda.synchronize(self._device)
 
 
 @dataclass

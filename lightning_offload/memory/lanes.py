@@ -3,7 +3,7 @@
 A method is a short program over four lanes: the device *computing*, the link *down* (``d2h``) and *up* (``h2d``),
 and the *host* computing. ``after=`` is the only thing that orders two operations; no lane promises an order of its
 own. The back ends (``InlineLanes`` here, ``CheckedLanes`` and ``ShuffledLanes`` in ``checked.py``, ``AsyncLanes`` in
-``cuda.py``) run the same program with the same bits.
+``asynchronous.py``) run the same program with the same bits.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class InlineLanes:
         """See ``Lanes.scratch``."""
         held = self._scratch.get(dtype)
         if held is None or held.numel() < numel:
-            held = self._scratch[dtype] = torch.empty(numel, dtype=dtype)
+            held = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
         return held[:numel]
 
     def copy(
