@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
-import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ class OffloadCheckpointIO(TorchCheckpointIO):
         Raises:
             TypeError: ``storage_options`` was given.
         """
-        if storage_options is not None or "://" in str(path):
+        if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{target.name}.*.partial"):
+        for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
             stale.unlink(missing_ok=True)  # left by a run that was killed while it saved
         partial = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
         try:
@@ -59,16 +60,16 @@ class OffloadCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: There is none.
-            CheckpointError: The file is damaged, naming it.
+            CheckpointError: It is no checkpoint, or not a whole one; names the file.
         """
         try:
             return super().load_checkpoint(path, map_location, weights_only)
-        except (EOFError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-            if isinstance(error, FileNotFoundError) or "weights_only" in str(error).lower():
-                raise  # not damaged: torch says itself how to load it
+        except Exception as error:
+            if isinstance(error, (FileNotFoundError, PermissionError)) or _is_remote(path) or zipfile.is_zipfile(path):
+                raise  # not damaged: torch says itself what it refuses and how to load it
             raise CheckpointError(
-                f"The checkpoint `{path}` cannot be read: it is truncated or damaged ({_first_line(error)}). Resume "
-                "from an earlier checkpoint."
+                f"The checkpoint `{path}` cannot be read: it is truncated, damaged, or no checkpoint "
+                f"({_reason(error)}). Resume from an earlier checkpoint."
             ) from error
 
 
@@ -101,5 +102,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _is_remote(path: Any) -> bool:
+    return "://" in str(path)
+
+
+def _reason(error: Exception) -> str:
+    """The first line, unless it is torch's advice on ``weights_only``, which does not help here."""
+    line = next(iter(str(error).splitlines()), "")
+    return type(error).__name__ if "weights_only" in line or not line else f"{type(error).__name__}: {line}"
