@@ -29,7 +29,7 @@ from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.cuda import cuda_lanes
 from lightning_offload.memory.lanes import InlineLanes, Lanes
-from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.engine import GRADIENTS, Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.windows import Window, find_window
@@ -54,6 +54,8 @@ class OffloadBehaviour(Strategy):
     engine: Engine | None = None
     _window = Window()
     _adopt_due = False
+    _pending: Mapping[str, Tensor] = {}
+    _torn = False
 
     # Precision and checkpoints: whatever the Trainer brings becomes ours.
 
@@ -184,6 +186,8 @@ class OffloadBehaviour(Strategy):
         module = self.lightning_module
         if self.engine is None or module is None:
             return
+        self.engine.load_gradients(self._pending)  # between restoring and here Lightning clears every `p.grad`
+        self._pending = {}
         self._window = find_window(module.trainer, module)
         if self._window.weights:
             rank_zero_info(
@@ -208,6 +212,13 @@ class OffloadBehaviour(Strategy):
         with self.engine.micro_batch():
             return super().training_step(*args, **kwargs)
 
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._torn = True  # an exception from here on leaves the gradients with a part of a micro-batch
+        loss = super().backward(*args, **kwargs)
+        self._torn = self.engine is not None and self.engine.stepping
+        return loss
+
     @property
     def _is_automatic(self) -> bool:
         return self.lightning_module is not None and self.lightning_module.automatic_optimization
@@ -229,6 +240,7 @@ class OffloadBehaviour(Strategy):
         result = closure()
         self.precision_plugin._after_closure(module, optimizer)
         engine.step(self.precision_plugin.take_clip())
+        self._torn = False
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
         if self._window.weights or (self._window.epochs and self._ends_epoch(module.trainer)):
             engine.flush()
@@ -259,7 +271,7 @@ class OffloadBehaviour(Strategy):
 
     @override
     def on_validation_end(self) -> None:
-        self._adopt_due = self.engine is not None
+        self._adopt_due = self._window.may_write
         super().on_validation_end()
 
     @override
@@ -285,12 +297,16 @@ class OffloadBehaviour(Strategy):
     def _detach(self) -> None:
         """The engine's state stays readable: a checkpoint may be saved after fit."""
         if self.engine is not None:
+            if self._window.may_write and not self.engine.closed:
+                self.engine.adopt()
             self.engine.detach()
         self._adopt_due = False
+        self._pending = {}
         self._window = Window()
 
     def _release(self) -> None:
         self._detach()
+        self._torn = False
         self.engine = None
 
     # State.
@@ -299,8 +315,8 @@ class OffloadBehaviour(Strategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """CPU tensors under the module's own names; offloaded weights share the arenas' memory."""
         state: dict[str, Any] = super().lightning_module_state_dict()
-        if self.engine is None or self.engine.closed:
-            return {name: _cpu(value) for name, value in state.items()}
+        if self.engine is None or self.engine.closed or self._window.may_write:
+            return {name: _cpu(value) for name, value in state.items()}  # what is in the module, whoever wrote it
         on_host = {t.parameter.data_ptr(): w for t, w in self.engine.weights()}
         return {name: _on_host(value, on_host) for name, value in state.items()}
 
@@ -317,7 +333,10 @@ class OffloadBehaviour(Strategy):
         """In torch's own layout, so that a plain Trainer resumes from it; the rest is under our key."""
         if self.engine is None:
             return super().optimizer_state(optimizer)
-        return self.engine.optimizer_state() | {EXTRAS: self.engine.extras()}
+        extras = self.engine.extras()
+        if self._torn:  # the whole micro-batch will be done again
+            extras[GRADIENTS] = {}
+        return self.engine.optimizer_state() | {EXTRAS: extras}
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -328,6 +347,7 @@ class OffloadBehaviour(Strategy):
         self.engine.load_optimizer_state(state)
         if EXTRAS in state:
             self.engine.load_extras(state[EXTRAS])
+            self._pending = state[EXTRAS][GRADIENTS]
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""
@@ -349,8 +369,11 @@ class OneDevice(OffloadBehaviour, SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """The devices the Trainer found; having this property is how a strategy given by name learns its device."""
-        return self._devices
+        """Set by the Trainer: having this property is how a strategy given by name learns its device.
+
+        Reads as empty, or a second Trainer would take the devices that the first one chose for a user's argument.
+        """
+        return []
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:

@@ -14,7 +14,7 @@ It knows nothing of Lightning; ten lines drive it::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,9 @@ from lightning_offload.methods.base import Clip, DTypes, Flight, Part, StepRepor
 from lightning_offload.methods.full import Full
 from lightning_offload.methods.host import HostOptimizer, settle, weight_dtype
 from lightning_offload.methods.resident import ResidentOptimizer
-from lightning_offload.methods.rules import frozen_groups, rule_for
+from lightning_offload.methods.rules import Rule, frozen_groups, rule_for
 from lightning_offload.methods.verdict import Judge
+from lightning_offload.numerics.norms import adopt_
 
 MASTERS, GRADIENTS, SKIPS, METHOD = "masters", "gradients", "skips", "method"
 """Keys of the checkpointed extras; everything else is rebuilt."""
@@ -224,6 +225,7 @@ class Engine:
             CheckpointError: The state belongs to another optimizer or another model.
         """
         self.flush()
+        _check_groups(self.optimizer, self.rule, packed["param_groups"])
         try:
             self.optimizer.load_state_dict({"state": {}, "param_groups": packed["param_groups"]})
         except ValueError as error:
@@ -249,25 +251,27 @@ class Engine:
 
     @torch.no_grad()
     def load_extras(self, extras: dict[str, Any]) -> None:
-        """The inverse of ``extras``; weights follow their masters."""
+        """The inverse of ``extras``, after the weights of the same checkpoint have been loaded."""
         self.flush()
         for t in self.trained:
             master = self._part_of[id(t)].master_of(t)
             if master is not None and t.name in extras[MASTERS]:
                 master.copy_(extras[MASTERS][t.name])
-                t.parameter.copy_(master)
-            self._load_gradient(t, extras[GRADIENTS].get(t.name))
+                adopt_(master, t.parameter.to(master.device))  # weights that others had written were saved as written
+        self.load_gradients(extras[GRADIENTS])
         skips = extras[SKIPS]
         self._steps = skips["steps"]
         self.report = StepReport(step=self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"])
 
-    def _load_gradient(self, trained: Trained, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
-        if trained in self.host.trained and self.method.settings.accumulate == "host":
-            self.host.load_pending_of(trained, gradient)
-        else:
-            trained.parameter.grad = gradient.to(trained.parameter.device, trained.parameter.dtype, copy=True)
+    def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put the gradients of an unfinished window, by name, where they accumulate."""
+        for t in self.trained:
+            if t.name not in gradients:
+                continue
+            if self._part_of[id(t)] is self.host and self.method.settings.accumulate == "host":
+                self.host.load_pending_of(t, gradients[t.name])
+            else:
+                t.parameter.grad = gradients[t.name].to(t.parameter.device, t.parameter.dtype, copy=True)
 
     # Attaching.
 
@@ -444,6 +448,24 @@ def _check_dtype(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(
             f"`{name}` is trained in {parameter.dtype}, which cannot be offloaded; use float32 or bfloat16 weights"
         )
+
+
+_READ = ("lr", "betas", "eps", "weight_decay", "momentum", "nesterov")
+_FIXED = ("amsgrad", "maximize", "differentiable", "dampening", "decoupled_weight_decay")
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, rule: Rule, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Hyper-parameters come from the checkpoint, as with torch, but not the update rule nor the states it has."""
+    what = f"the checkpoint is of another optimizer than this run's `{type(optimizer).__name__}`"
+    for own, group in zip(optimizer.param_groups, saved, strict=False):
+        for key in _READ:
+            if key in own and key not in group:
+                raise CheckpointError(f"The checkpoint's optimizer has no `{key}`: {what}.")
+        for key in _FIXED:
+            if key in own and group.get(key, own[key]) != own[key]:
+                raise CheckpointError(f"The checkpoint's optimizer has `{key}={group[key]}`: {what} ({own[key]}).")
+        if group.get("momentum") and "momentum" in own and not rule.states:
+            raise CheckpointError(f"The checkpoint's optimizer has `momentum={group['momentum']}`: {what} (0).")
 
 
 def _check_shapes(trained: Trained, state: dict[str, Any]) -> None:
