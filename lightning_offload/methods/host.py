@@ -257,7 +257,8 @@ class HostOptimizer:
         homes = []
         for at, t in enumerate(members):
             own = {state: tensors[at] for state, tensors in states.items()}
-            homes.append(_Home(t, wires[at], owned[at], own, torch.zeros(()), totals[at]))
+            step = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
+            homes.append(_Home(t, wires[at], owned[at], own, step, totals[at]))
             with torch.no_grad():
                 owned[at].copy_(t.parameter.detach().reshape(-1))
             settle(t.parameter, self._lanes.device, weights[t.name])

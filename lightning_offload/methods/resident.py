@@ -126,7 +126,7 @@ class ResidentOptimizer:
                 name: torch.zeros_like(parameter, dtype=dtypes.moments, memory_format=torch.preserve_format)
                 for name in self._rule.states
             }
-            step = torch.zeros((), device=device)
+            step = torch.zeros((), dtype=torch.float32, device=device)
         return _Seat(trained, parameter.detach() if dtype == dtypes.master else master, states, step)
 
     def _step(self, seats: Sequence[_Seat], group: Mapping[str, Any], verdict: Verdict) -> None:
