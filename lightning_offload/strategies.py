@@ -160,6 +160,21 @@ class OffloadBehaviour(Strategy):
             machine=machine,
             expects_clip=bool(self._expected_clip(trainer, module)),
         )
+        self._look_for_readers(trainer, module)
+
+    def _look_for_readers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before anything runs: the sanity check's hooks may write weights already."""
+        self._window = find_window(trainer, module)
+        if self._window.weights:
+            rank_zero_info(
+                f"{self.strategy_name}: {', '.join(self._window.weights)} may look at weights between steps, so every "
+                "step waits for its weights to be back on the device, and weights written there are taken over."
+            )
+        if self._window.gradients:
+            rank_zero_info(
+                f"{self.strategy_name}: {', '.join(self._window.gradients)} may look at gradients, so they stay on the "
+                "device until the step."
+            )
 
     @staticmethod
     def _expected_clip(trainer: Trainer, module: LightningModule) -> float | None:
@@ -188,17 +203,6 @@ class OffloadBehaviour(Strategy):
             return
         self.engine.load_gradients(self._pending)  # between restoring and here Lightning clears every `p.grad`
         self._pending = {}
-        self._window = find_window(module.trainer, module)
-        if self._window.weights:
-            rank_zero_info(
-                f"{self.strategy_name}: {', '.join(self._window.weights)} may look at weights between steps, so every "
-                "step waits for its weights to be back on the device, and weights written there are taken over."
-            )
-        if self._window.gradients:
-            rank_zero_info(
-                f"{self.strategy_name}: {', '.join(self._window.gradients)} may look at gradients, so they stay on the "
-                "device until the step."
-            )
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

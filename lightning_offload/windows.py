@@ -16,6 +16,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 WEIGHT_HOOKS = ("on_train_batch_end", "on_train_batch_start")
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 EPOCH_HOOKS = ("on_train_epoch_end", "on_train_epoch_start")
+VALIDATION_HOOKS = (
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+)
+END_HOOKS = ("on_train_end", "on_fit_end")
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 STEP_HOOKS = ("configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "on_before_zero_grad")
 
@@ -46,12 +55,19 @@ class Window:
     Attributes:
         weights: Hooks that run while weights may be in flight, every step.
         epochs: The same at the end or start of an epoch.
+        boundaries: Hooks that run where nothing is in flight, but that may write weights all the same.
         gradients: Hooks between backward and step, which may read or write gradients.
     """
 
     weights: tuple[str, ...] = ()
     epochs: tuple[str, ...] = ()
+    boundaries: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
+
+    @property
+    def may_write(self) -> bool:
+        """Whether weights may differ from what the engine sent up."""
+        return bool(self.weights or self.epochs or self.boundaries)
 
 
 def find_window(trainer: Trainer, module: LightningModule) -> Window:
@@ -59,12 +75,14 @@ def find_window(trainer: Trainer, module: LightningModule) -> Window:
     callbacks = [callback for callback in _callbacks(trainer) if not _is_known(callback)]
     weights = [*_overridden(module, LightningModule, (*WEIGHT_HOOKS, *TRANSFER_HOOKS))]
     epochs = [*_overridden(module, LightningModule, EPOCH_HOOKS)]
+    boundaries = [*_overridden(module, LightningModule, (*VALIDATION_HOOKS, *END_HOOKS))]
     gradients = [*_overridden(module, LightningModule, (*GRADIENT_HOOKS, *STEP_HOOKS))]
     for callback in callbacks:
         weights += _overridden(callback, Callback, WEIGHT_HOOKS)
         epochs += _overridden(callback, Callback, EPOCH_HOOKS)
+        boundaries += _overridden(callback, Callback, (*VALIDATION_HOOKS, *END_HOOKS))
         gradients += _overridden(callback, Callback, (*GRADIENT_HOOKS, "on_before_zero_grad"))
-    return Window(tuple(weights), tuple(epochs), tuple(gradients))
+    return Window(tuple(weights), tuple(epochs), tuple(boundaries), tuple(gradients))
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -67,9 +67,11 @@ class Full:
             settings = replace(settings, accumulate=where)
             reasons.append(f"accumulate={where!r}: {reason}")
         if settings.host_threads == "auto":
-            threads = machine.host_threads
+            threads, reason = machine.host_threads, machine.host_threads_reason
+            if machine.device_type == "cpu":
+                threads, reason = machine.torch_threads, "the CPU is the device too, so all of torch's threads"
             settings = replace(settings, host_threads=threads)
-            reasons.append(f"host_threads={threads}: {machine.host_threads_reason}")
+            reasons.append(f"host_threads={threads}: {reason}")
         return settings, reasons
 
 
