@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -46,6 +47,7 @@ lightning-offload: fine-tune language models that do not fit on the GPU
 """
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _LINE_LENGTH = 118
+_BAD_VALUES = (ValueError, TypeError, OSError, ImportError)
 _NOT_FOR_USERS = (r".*LeafSpec.*", r".*does not have many workers.*", r".*number of training batches.*")
 
 
@@ -73,13 +75,14 @@ def train(cfg: DictConfig) -> None:
     with _user_errors():
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        model = _build(cfg, "model", optimizer=_build(cfg, "optimizer"), scheduler=_build(cfg, "scheduler"))
+        optimizer, scheduler = _build(cfg, "optimizer"), _build(cfg, "scheduler")
+        model = _build(cfg, "model", optimizer=optimizer, scheduler=scheduler)
         data = _build_data(cfg, model)
         trainer = _build(cfg, "trainer", callbacks=_build_all(cfg, "callbacks"), logger=_build_all(cfg, "logger"))
         if resume:
             check_weights(model, resume)
             print(f"continues from {_shown(resume)}")
-        _check_trainable(cfg, model)
+        _check_trainable(cfg, model, optimizer)
         _print_example(data)
         if not trainer.fast_dev_run:  # which leaves nothing behind
             OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
@@ -131,8 +134,7 @@ _COMMANDS: dict[str, Callable[[DictConfig], None]] = {"train": train, "evaluate"
 
 def _run_hydra(command: str, arguments: list[str]) -> None:
     """Hand the process to Hydra; inside the command `sys.argv` is whole again, as Lightning replays it."""
-    for message in _NOT_FOR_USERS:
-        warnings.filterwarnings("ignore", message=message)
+    _quiet()
     schema.register()
     OmegaConf.register_new_resolver("run_folder", functools.cache(runs.choose_folder), replace=True)
     seen_by_all = sys.argv, os.environ.get(_FULL_ERROR)
@@ -158,6 +160,17 @@ def _run_hydra(command: str, arguments: list[str]) -> None:
             if begun:
                 raise
             raise OffloadError(f"{error} (a group is switched off by =none)") from error
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says to developers, and its advertisement."""
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 @contextmanager
@@ -219,9 +232,6 @@ def _user_errors() -> Iterator[None]:
         raise
     except _BAD_VALUES as error:
         raise OffloadError(str(error)) from error
-
-
-_BAD_VALUES = (ValueError, TypeError, OSError, ImportError)
 
 
 def _is_of_user(error: BaseException) -> bool:
@@ -296,11 +306,16 @@ def _fill_in(cfg: DictConfig, run: Path | None) -> None:
         )
 
 
-def _check_trainable(cfg: DictConfig, model: Any) -> None:
-    """Refuse before the first validation what would only fail after it."""
+def _check_trainable(cfg: DictConfig, model: Any, optimizer: Callable[[list[Any]], Any] | None) -> None:
+    """Refuse before the first validation what would fail after it, or do something else than asked."""
     model.setup("fit")
+    if optimizer:
+        optimizer(list(model.parameters()))
     if cfg.trainer.max_steps < 1 and OmegaConf.select(cfg, "scheduler.num_training_steps") is not None:
         raise OffloadError("this scheduler needs trainer.max_steps=<number>; scheduler=linear also counts epochs")
+    chosen = [key for key in ("master", "wire", "moments", "rounding") if cfg.precision.get(key) is not None]
+    if cfg.method.name == "none" and chosen:
+        raise OffloadError(f"precision.{chosen[0]} is for the offload methods; method=none takes none of these")
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,50 +60,49 @@ def plot_losses(runs: Sequence[Path], out: Path) -> Path:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, run in enumerate(drawable):
-        _draw_run(axes, run, f"C{number}")
-    _label(axes)
+    for number, (run, label) in enumerate(zip(drawable, labels(drawable), strict=True)):
+        _draw_run(axes, run, label, f"C{number}")
+    _finish(axes)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return out
 
 
-def _draw_run(axes: Any, run: Path, color: str) -> None:
-    name = _method_of(run)
+def labels(runs: Sequence[Path]) -> list[str]:
+    """Return the method of each run, with the folder where methods repeat."""
+    methods = [_method_of(run) for run in runs]
+    return [
+        method if methods.count(method) == 1 else f"{method} ({run.name})"
+        for run, method in zip(runs, methods, strict=True)
+    ]
+
+
+def _draw_run(axes: Any, run: Path, label: str, color: str) -> None:
     train, held_out = read_curve(run, "train/loss"), read_curve(run, "val/loss")
     if train:
         steps, losses = zip(*train, strict=True)
         width = max(1, round(len(losses) * _SMOOTHING_SHARE))
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(losses, width), color=color, linewidth=1.6, label=f"{name}, training")
+        axes.plot(steps, smooth(losses, width), color=color, linewidth=1.6, label=f"{label}, training")
     if held_out:
         steps, losses = zip(*held_out, strict=True)
-        axes.plot(
-            steps,
-            losses,
-            "o--",
-            color=color,
-            linewidth=1,
-            markersize=5,
-            markeredgecolor="white",
-            label=f"{name}, held out",
-        )
-        _annotate(axes, (held_out[0], held_out[-1]), color)
+        style = {"linewidth": 1, "markersize": 5, "markeredgecolor": "white"}
+        axes.plot(steps, losses, "o--", color=color, label=f"{label}, held out", **style)
+        _annotate(axes, held_out[0], (-8, 0), "right", color)
+        _annotate(axes, held_out[-1], (8, 0), "left", color)
 
 
-def _annotate(axes: Any, points: Iterable[tuple[int, float]], color: str) -> None:
-    for step, loss in dict.fromkeys(points):
-        axes.annotate(
-            f"{loss:.2f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center", color=color, fontsize=9
-        )
+def _annotate(axes: Any, point: tuple[int, float], offset: tuple[int, int], side: str, color: str) -> None:
+    place = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
+    axes.annotate(f"{point[1]:.2f}", point, color=color, fontsize=9, **place)
 
 
-def _label(axes: Any) -> None:
+def _finish(axes: Any) -> None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.03, y=0.12)
+    axes.margins(x=0.08)
     axes.legend(frameon=False)
 
 

@@ -133,6 +133,8 @@ def test_the_same_seed_gives_the_same_losses_and_runs_are_numbered(run, given, w
     first, second = (workplace / "runs" / f"none-pretrained-text-{n}" for n in (1, 2))
     assert plots.read_curve(first, "train/loss") == plots.read_curve(second, "train/loss")
     assert plots.plot_losses([first, second], workplace / "both.png").stat().st_size > 10_000
+    assert plots.labels([first, second]) == [f"none ({folder.name})" for folder in (first, second)]
+    assert plots.labels([first]) == ["none"]
 
 
 def test_a_named_run_is_never_overwritten_and_feeds_evaluate_and_export(run, refused, given, inputs, capsys) -> None:
@@ -218,6 +220,8 @@ def test_users_add_their_own_files(run, given, refused, capsys) -> None:
         ("train {given} trainer.gradient_clip_algorithm=nrom", "trainer: `gradient_clip_algorithm` nrom is invalid"),
         ("train {given} precision=bf16-mixed precision.precision=64-true", "64-true"),
         ("train {given} trainer.strategy.min_numel=-1", "min_numel"),
+        ("train {given} method=none precision.master=float32", "precision.master is for the offload methods"),
+        ("train {given} lr=-1", "Invalid learning rate: -1"),
         ("train {given} ckpt_path=last", "ckpt_path=last finds no checkpoint"),
         ("train {given} ckpt_path=none.ckpt", "no checkpoint and no run at 'none.ckpt'"),
         ("train {given} scheduler=cosine trainer.max_steps=-1", "trainer.max_steps=<number>"),
