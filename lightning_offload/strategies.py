@@ -413,15 +413,23 @@ class OneDevice(OffloadBehaviour, SingleDeviceStrategy):
         super().setup_environment()
 
     def _check_devices(self, trainer: Trainer) -> None:
-        """Asking for several devices is an error; merely having several is not."""
+        """Asking for several devices is an error; merely having several is not.
+
+        The Trainer turns ``devices="auto"`` into the number of all devices, so asking for all of them by number can
+        only be warned about.
+        """
         if len(self._devices) < 2:
             return
-        if trainer._accelerator_connector._devices_flag not in ("auto", -1, "-1"):
+        assert self.accelerator is not None
+        if trainer._accelerator_connector._devices_flag != self.accelerator.auto_device_count():
             raise MisconfigurationException(
                 f"`{type(self).__name__}` runs on exactly one device, found {len(self._devices)}. Pass "
                 f"`Trainer(devices=1, strategy={self.strategy_name!r})`."
             )
-        rank_zero_info(f"{self.strategy_name}: uses {self._devices[0]}, the first of {len(self._devices)} devices")
+        rank_zero_warn(
+            f"`{type(self).__name__}` runs on one device: of the {len(self._devices)} found it uses "
+            f"{self._devices[0]}. Pass `Trainer(devices=1)` to say so, or `devices=[...]` to choose another."
+        )
 
 
 class FullOffloadStrategy(OneDevice):
