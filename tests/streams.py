@@ -93,6 +93,7 @@ class ThreadStreams:
         failing: Raised by the next copy of a lane: ``("issue", error)`` where it is issued, ``("copy", error)`` where
             it runs.
         issued: The targets of every copy, in the order of issue.
+        copying: Set by the first copy.
         entered: Names of the threads that entered.
     """
 
@@ -100,6 +101,7 @@ class ThreadStreams:
         self.pinned = pinned
         self.failing: dict[str, tuple[str, BaseException]] = {}
         self.issued: list[tuple[str, Sequence[Tensor]]] = []
+        self.copying = threading.Event()
         self.entered: list[str] = []
         self._lanes = {lane: _Lane(lane, seed, pauses) for lane in ("h2d", "d2h")}
 
@@ -113,6 +115,7 @@ class ThreadStreams:
         if error is not None and where == "issue":
             raise error
         self.issued.append((lane, dst))
+        self.copying.set()
         stream = self._lanes[lane]
 
         def job() -> None:
