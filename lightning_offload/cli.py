@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> None:
         if not trainer.fast_dev_run:  # which leaves nothing behind
             OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
     before = _validate(trainer, model, data, resume)
-    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    _fit(trainer, model, data, resume)
     after = _validate(trainer, model, data)
     if trainer.is_global_zero:
         _print_change(before, after)
@@ -313,9 +313,21 @@ def _check_trainable(cfg: DictConfig, model: Any, optimizer: Callable[[list[Any]
         optimizer(list(model.parameters()))
     if cfg.trainer.max_steps < 1 and OmegaConf.select(cfg, "scheduler.num_training_steps") is not None:
         raise OffloadError("this scheduler needs trainer.max_steps=<number>; scheduler=linear also counts epochs")
+    if cfg.method.name == "none":
+        _check_plain(cfg)
+
+
+def _check_plain(cfg: DictConfig) -> None:
+    """Refuse what Lightning itself cannot do and the offload methods can."""
     chosen = [key for key in ("master", "wire", "moments", "rounding") if cfg.precision.get(key) is not None]
-    if cfg.method.name == "none" and chosen:
+    if chosen:
         raise OffloadError(f"precision.{chosen[0]} is for the offload methods; method=none takes none of these")
+    fused = OmegaConf.select(cfg, "optimizer.fused")
+    if fused and cfg.precision.precision == "bf16-mixed" and cfg.trainer.gradient_clip_val:
+        raise OffloadError(
+            "method=none cannot clip gradients of a fused optimizer under precision=bf16-mixed: "
+            "set optimizer.fused=false or trainer.gradient_clip_val=null"
+        )
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -334,6 +346,16 @@ def _validate(trainer: L.Trainer, model: Any, data: Any, ckpt_path: Path | None 
     results = trainer.validate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
     metrics = results[0] if results else {}
     return {name.removeprefix("val/"): float(value) for name, value in metrics.items()}
+
+
+def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None) -> None:
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume)
+    except _BAD_VALUES as error:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            raise
+        # before the first batch a strategy looks at model, optimizer and settings: the last of what is built
+        raise OffloadError(str(error)) from error
 
 
 def _print_change(before: dict[str, float], after: dict[str, float]) -> None:

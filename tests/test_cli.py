@@ -105,6 +105,15 @@ def steps_logged(folder: Path) -> list[int]:
 # What it does
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("method", ["none", "full"])
+def test_train_and_export_in_every_precision(method: str, precision: str, run, given) -> None:
+    fused = [] if method == "full" else ["optimizer.fused=false"]
+    settings = [f"method={method}", f"precision={precision}", "name=a", "trainer.max_steps=2", *fused]
+    assert run("train", *given, *settings) == 0
+    assert AutoModelForCausalLM.from_pretrained("runs/a/hf")
+
+
 @pytest.mark.parametrize("method", ["none", "full"])
 def test_train_writes_everything_and_continues(method: str, run, given, capsys, workplace: Path) -> None:
     assert run("train", *given, f"method={method}") == 0
@@ -221,6 +230,10 @@ def test_users_add_their_own_files(run, given, refused, capsys) -> None:
         ("train {given} precision=bf16-mixed precision.precision=64-true", "64-true"),
         ("train {given} trainer.strategy.min_numel=-1", "min_numel"),
         ("train {given} method=none precision.master=float32", "precision.master is for the offload methods"),
+        (
+            "train {given} method=none precision=bf16-mixed",
+            "set optimizer.fused=false or trainer.gradient_clip_val=null",
+        ),
         ("train {given} lr=-1", "Invalid learning rate: -1"),
         ("train {given} ckpt_path=last", "ckpt_path=last finds no checkpoint"),
         ("train {given} ckpt_path=none.ckpt", "no checkpoint and no run at 'none.ckpt'"),
@@ -271,6 +284,12 @@ def test_a_conflict_found_in_fit_is_one_line(refused, given, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(cli.OmegaConf, "save", lambda *_, **__: None)
         assert "exclude each other" in refused("train", *given, "method=none", "logger=none", "callbacks=none")
+
+
+def test_what_a_strategy_refuses_before_the_first_batch_is_one_line(run, given, capsys) -> None:
+    adagrad = ["optimizer._target_=torch.optim.Adagrad", "~optimizer.betas", "~optimizer.fused"]
+    assert run("train", *given, *adagrad) == 2
+    assert "adagrad.Adagrad` cannot be offloaded" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_whole_traceback_when_asked_for(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,16 @@ def test_a_diverged_model_is_not_exported(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_buffers_that_a_precision_rounded_are_no_difference_of_the_weights(tmp_path: Path) -> None:
+    model = build()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.bfloat16()
+    with pytest.warns(UserWarning, match=r"inv_freq' is torch.bfloat16.*torch.float32 in the exported"):
+        folder = export_to_hf(model.bfloat16(), tmp_path / "hf")
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {buffer.dtype for buffer in reloaded.buffers()} == {torch.float32}
+
+
 def test_a_module_without_a_transformers_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"transformers model.*Linear"):
         export_to_hf(nn.Linear(2, 2), tmp_path / "hf")
