@@ -87,9 +87,11 @@ class Jsonl(TextData):
         examples, cut, dropped = [], 0, []
         for line in read_lines(Path(path).expanduser()):
             ids, labels = self._tokens(line)
+            if not _learned(labels):
+                raise line.error("holds nothing to learn.")
             cut += len(ids) > self.sequence_length
             ids, labels = ids[: self.sequence_length], labels[: self.sequence_length]
-            if any(label != IGNORED for label in labels[1:]):
+            if _learned(labels):
                 examples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
             else:
                 dropped.append(line.number)
@@ -165,6 +167,11 @@ class Jsonl(TextData):
     def _render(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return self.encode([text])[0]
+
+
+def _learned(labels: list[int]) -> bool:
+    """Whether any label counts; the first token is not predicted."""
+    return any(label != IGNORED for label in labels[1:])
 
 
 def _is_message(message: Any) -> bool:

@@ -163,6 +163,7 @@ def test_jsonl_says_what_it_cuts(tokenizer, jsonl):
         (["[1, 2]"], "line 1: a list, not a JSON object"),
         ([{"question": "a"}], r"line 1: has the fields \['question'\]; needs 'prompt' and 'completion'"),
         ([{"prompt": "a", "completion": 3}], "line 1: 'completion' is int, not text"),
+        ([{"text": ""}], "line 1: holds nothing to learn"),
         ([{"messages": TALK}], "line 1: has messages, but the tokenizer has no chat template"),
     ],
 )
