@@ -211,8 +211,9 @@ class OffloadBehaviour(Strategy):
         if self._adopt_due:
             self._adopt_due = False
             self.engine.adopt()
-        # under manual optimization nobody has said yet that gradients may leave before the step
-        self.begin_micro_batch(last=False, visible=not self._is_automatic)
+        # automatic: `optimizer_step` has said whether it is the last, and is running this as its closure;
+        # manual: nobody has said yet that gradients may leave before the step
+        self.begin_micro_batch(last=self.engine.stepping, visible=not self._is_automatic)
         with self.engine.micro_batch():
             return super().training_step(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lightning_offload.strategies import EXTRAS
 from tests import plain as plain_script
 from tests.plain import BATCHES, Lit, fit, loader, new, trainer
 
+ROOT = Path(__file__).parents[1]
 OPTIMIZERS = ("adamw", "adam", "momentum")
 
 
@@ -391,6 +393,18 @@ def test_async_checkpoint_io(tmp_path: Path, inner: OffloadCheckpointIO | None) 
     fit(new(), ours(), callbacks=[names[False]])
     for step in range(1, 9):
         assert_equal(*(read(tmp_path / kind / f"step={step}.ckpt") for kind in ("async", "sync")))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: a process per kill would take minutes to import torch")
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Fifty times; each next run resumes from what it finds, and the last ends as a run that was never killed."""
+    command = [sys.executable, "-m", "tests.killed", str(tmp_path), "50", "0"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["inside"] >= 15  # kills that left a temporary file: the others came before it or after
+    assert seen["step"] >= 10
+    assert seen["same"]
+    assert seen["files"] == ["run.ckpt"]  # each save removes what a killed one left
 
 
 # What does not fit.

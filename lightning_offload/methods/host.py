@@ -277,7 +277,9 @@ class HostOptimizer:
     def _make_ring(self, dtype: torch.dtype) -> Ring:
         """Device buffers for about one block's gradients, so that compute never waits for the link within a block."""
         homes = [home for home in self._home.values() if home.wire.dtype == dtype]
-        slot = min(max(home.wire.numel() for home in homes), SLOT_NUMEL)
+        # where the device is the host the ring takes the memory that the arenas are counted in
+        bound = SLOT_NUMEL if self._lanes.device.type == "cuda" else min(SLOT_NUMEL, CHUNK_NUMEL)
+        slot = min(max(home.wire.numel() for home in homes), bound)
         largest = max(sum(home.wire.numel() for home in unit.homes) for unit in self._units)
         return Ring(self._lanes, f"gradients.{dtype}", slot, dtype, min(max(-(-largest // slot), 2), 8))
 
