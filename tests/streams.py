@@ -138,7 +138,7 @@ class ThreadStreams:
         return self.pinned
 
     def synchronize(self) -> None:
-        for marker in [stream.submit(lambda: None) for stream in self._lanes.values()]:
+        for marker in [stream.submit(lambda: None) for stream in self._lanes.values() if stream.is_alive()]:
             marker.wait()
         for stream in self._lanes.values():
             error, stream.error = stream.error, None
