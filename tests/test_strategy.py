@@ -85,7 +85,7 @@ def test_precision_plugins_are_taken_or_refused() -> None:
     class Special(MixedPrecision):
         pass
 
-    with pytest.raises(TypeError, match="can only work with the `OffloadPrecision` plugin, found `.*Special`"):
+    with pytest.raises(TypeError, match=r"can only work with the `OffloadPrecision` plugin, found `.*Special`"):
         trainer("full_offload", plugins=[Special("bf16-mixed", "cpu")])
 
 
@@ -184,7 +184,7 @@ class TwoOptimizers(Lit):
 
 
 def test_two_optimizers_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="supports a single optimizer.*returned 2"):
+    with pytest.raises(MisconfigurationException, match=r"supports a single optimizer.*returned 2"):
         fit(TwoOptimizers(), offload())
 
 
