@@ -20,7 +20,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -251,8 +251,12 @@ def _one_line(error: BaseException) -> str:
         text = f"{cause.full_key} has no value; give {cause.full_key}=<value>"
     elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         text = f"no key or group {cause.full_key!r}; there are {', '.join(sorted(map(str, cause.parent_node)))}"
+    elif isinstance(error, OverrideParseException):
+        text = (
+            f"cannot read {error.override!r}; settings are key=value, with special characters as in 'key=\"(value)\"'"
+        )
     else:
-        listing = re.split(r"Config search path|See http", str(error))[0]
+        listing = str(error).split("Config search path")[0]
         text = listing if cause is error else f"{listing}\n{str(cause).splitlines()[0]}"
     return " ".join(text.split())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 Curve = list[tuple[int, float]]
 
-_SMOOTHING_SHARE = 0.05  # of the run: the width of the running mean
+_SMOOTHING_SHARE = 0.1  # of the run: the width of the running mean
 
 
 def metrics_files(run: Path) -> list[Path]:

@@ -212,7 +212,7 @@ def test_users_add_their_own_files(run, given, refused, capsys) -> None:
         ("train +foo=1", "no key 'foo'"),
         ("train seed=abc", "seed=abc"),
         ("train logger=null", "switched off by =none"),
-        ("train foo", "parsing override 'foo'"),
+        ("train foo", "cannot read 'foo'; settings are key=value"),
         ("train --max-steps 4", "key=value"),
         ("train +optimizer.lrr=1", "optimizer: got an unexpected keyword argument 'lrr'"),
         ("train optimizer._target_=torch.optim.Adammm", "optimizer: Error loading 'torch.optim.Adammm'"),
