@@ -60,7 +60,10 @@ class Lanes(Protocol):
         priority: int = 0,
         tag: str = "",
     ) -> Event:
-        """Copy each ``src`` into its ``dst`` (same shape and dtype) once everything in ``after`` has happened."""
+        """Copy each ``src`` into its ``dst`` (same shape and dtype) once everything in ``after`` has happened.
+
+        The side on the host is contiguous: torch would stage any other through memory of its own, and wait for it.
+        """
         ...
 
     def host(

@@ -110,8 +110,8 @@ def test_the_cases_cover_what_they_should() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_bits_of_inline(case: Case) -> None:
     expected = case.train(lanes_of("inline"))
-    for seed in range(3):
-        with thread_lanes(seed, pinned=case.pinned, pauses=30) as lanes:
+    for seed in range(2):
+        with thread_lanes(seed, pinned=case.pinned, pauses=12) as lanes:
             run = case.train(lanes)
             assert_same(run, expected)
             assert [report.skipped for report in run.reports[-1:]] == [False]
