@@ -21,10 +21,14 @@ from lightning_offload.memory.lanes import CopyLane, copy_all, lane_context
 
 @dataclass(eq=False)
 class ThreadMarker:
-    """Reached when its job is done; a failed job raises in whoever asks, as a broken device does."""
+    """Reached when its job is done; a failed job raises in whoever asks, as a broken device does.
+
+    ``awaited`` is set when somebody begins to wait.
+    """
 
     error: BaseException | None = None
     seconds: float | None = None
+    awaited: threading.Event = field(default_factory=threading.Event)
     _reached: threading.Event = field(default_factory=threading.Event)
 
     def reach(self) -> None:
@@ -36,6 +40,7 @@ class ThreadMarker:
         return self._reached.is_set()
 
     def wait(self) -> None:
+        self.awaited.set()
         self._reached.wait()
         self.done()
 

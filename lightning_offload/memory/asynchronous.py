@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.arena import HostMemory
-from lightning_offload.memory.lanes import CopyLane, Event, Place, host_buffers, lane_context, nbytes
+from lightning_offload.memory.lanes import CopyLane, Event, Place, host_buffers, lane_context, nbytes, own_events
 from lightning_offload.memory.ledger import Ledger
 
 
@@ -198,7 +198,7 @@ class AsyncLanes:
             return self.host(lambda: issue([]).wait(), after=after, priority=priority, tag=f"{tag} pageable")
         with self._changed:
             self._check()
-            operation = _Operation(issue, _own(after), priority)
+            operation = _Operation(issue, own_events(_Async, after), priority)
             if operation.issuable:
                 operation.complete()
             else:
@@ -217,7 +217,7 @@ class AsyncLanes:
         """See ``Lanes.host``."""
         with self._changed:
             self._check()
-            operation = _Operation(partial(self._call, fn, tag, traffic_bytes), _own(after), priority)
+            operation = _Operation(partial(self._call, fn, tag, traffic_bytes), own_events(_Async, after), priority)
             self._work.append(operation)
             self._start_worker()
             self._changed.notify_all()
@@ -231,13 +231,9 @@ class AsyncLanes:
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``: blocks only until each copy has been issued; that time is the lane ``wait``."""
         self._check()
-        for event in _own(events):
-            if event.marker is None:
-                with self.ledger.timed("wait", "issue", 0), self._changed:
-                    self._changed.wait_for(partial(self._issued_or_broken, event))
-                    self._check()
-            assert event.marker is not None
-            self.streams.compute_wait(event.marker)
+        for event in own_events(_Async, events):
+            self.streams.compute_wait(event.marker or self._issued(event))
+            self._check()
 
     def read(self, tensor: Tensor, default: float) -> float:
         """See ``Lanes.read``."""
@@ -274,8 +270,11 @@ class AsyncLanes:
             self._scratch.clear()
             self.memory.close()
 
-    def _issued_or_broken(self, event: _Async) -> bool:
-        return event.marker is not None or self._error is not None
+    def _issued(self, event: _Async) -> Marker:
+        with self.ledger.timed("wait", "issue", 0), self._changed:
+            self._changed.wait_for(lambda: event.marker is not None)
+        assert event.marker is not None
+        return event.marker
 
     def _check(self) -> None:
         """Raise what the worker raised, once."""
@@ -372,11 +371,3 @@ class AsyncLanes:
             gone.event.marker = Reached()
         self._copies = [op for op in self._copies if op not in dropped]
         self._work = [op for op in self._work if op not in dropped]
-
-
-def _own(events: Iterable[Event]) -> list[_Async]:
-    own = []
-    for event in events:
-        assert isinstance(event, _Async), "an event of other lanes"
-        own.append(event)
-    return own

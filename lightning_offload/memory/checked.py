@@ -22,7 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_offload.errors import RaceError
 from lightning_offload.memory.arena import HostMemory
-from lightning_offload.memory.lanes import CopyLane, Event, InlineLanes, Place, copy_all, lane_context, nbytes
+from lightning_offload.memory.lanes import (
+    CopyLane,
+    Event,
+    InlineLanes,
+    Place,
+    copy_all,
+    lane_context,
+    nbytes,
+    own_events,
+)
 
 
 @dataclass(eq=False)
@@ -185,8 +194,7 @@ class CheckedLanes(InlineLanes):
 
     def _node(self, name: str, after: Iterable[Event]) -> _Node:
         before = self._synchronized | 1 << self._count
-        for event in after:
-            assert isinstance(event, _Node), "an event of other lanes"
+        for event in own_events(_Node, after):
             before |= event.before
         node = _Node(name, self._count, before)
         self._count += 1
@@ -299,7 +307,7 @@ class ShuffledLanes(InlineLanes):
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``: runs the events' ancestors, and at random whatever else is ready."""
         self._progress()
-        waiting = _own(events)
+        waiting = own_events(_Queued, events)
         while not all(event.done for event in waiting):
             self._run_one(_ancestors(waiting) if self._random.random() < 0.7 else None)
 
@@ -309,7 +317,7 @@ class ShuffledLanes(InlineLanes):
             self._run_one(None)
 
     def _submit(self, run: Callable[[], object], after: Iterable[Event], targets: Sequence[Tensor]) -> Event:
-        operation = _Queued(run, _own(after), targets)
+        operation = _Queued(run, own_events(_Queued, after), targets)
         self._queue.append(operation)
         self._progress()
         return operation
@@ -347,14 +355,6 @@ class ShuffledLanes(InlineLanes):
                     for target in operation.targets:
                         if target.is_floating_point():
                             target.fill_(float("nan"))
-
-
-def _own(events: Iterable[Event]) -> list[_Queued]:
-    own = []
-    for event in events:
-        assert isinstance(event, _Queued), "an event of other lanes"
-        own.append(event)
-    return own
 
 
 def _ancestors(events: Iterable[_Queued]) -> set[int]:

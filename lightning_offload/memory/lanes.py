@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ class Event:
     """Something that will have happened; given to ``after=`` and ``wait_compute``. Equal only to itself."""
 
     __slots__ = ("__weakref__",)
+
+
+Own = TypeVar("Own", bound=Event)
+
+
+def own_events(kind: type[Own], events: Iterable[Event]) -> list[Own]:
+    """The events of one back end; those of another would order nothing."""
+    own = []
+    for event in events:
+        assert isinstance(event, kind), "an event of other lanes"
+        own.append(event)
+    return own
 
 
 class Lanes(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +50,17 @@ def gate() -> Iterator[Gate]:
     made = Gate()
     yield made
     made.go.set()
+
+
+def open_when_main_waits(lanes: AsyncLanes, gate: Gate) -> None:
+    timed = lanes.ledger.timed
+
+    def opening(lane: str, *args: Any) -> AbstractContextManager[None]:
+        if lane == "wait":
+            gate.go.set()
+        return timed(lane, *args)
+
+    lanes.ledger.timed = opening
 
 
 # What runs when.
@@ -162,12 +175,10 @@ def test_wait_compute_blocks_only_until_the_copy_is_issued(lanes: AsyncLanes, ga
     home = buffer(lanes)
     done = lanes.host(gate)
     arrived = lanes.copy([home], [torch.ones(4)], "h2d", after=[done])
-    opener = threading.Thread(target=gate.go.set)
+    open_when_main_waits(lanes, gate)
     with streams.held("h2d"):
-        opener.start()
         lanes.wait_compute(arrived)
         assert waited == ["device"]
-    opener.join()
     assert lanes.ledger.snapshot()["wait"].operations == 1
     lanes.wait_compute(arrived)
     assert lanes.ledger.snapshot()["wait"].operations == 1
@@ -368,11 +379,9 @@ def test_a_waiting_main_thread_is_told(lanes: AsyncLanes, gate: Gate) -> None:
     begun = lanes.host(gate)
     failed = lanes.host(break_here, after=[begun])
     arrived = lanes.copy([torch.zeros(4)], [torch.ones(4)], "h2d", after=[failed])
-    opener = threading.Thread(target=gate.go.set)
-    opener.start()
+    open_when_main_waits(lanes, gate)
     with pytest.raises(OSError, match="host function failed"):
         lanes.wait_compute(arrived)
-    opener.join()
 
 
 def test_of_several_errors_the_first_is_raised(lanes: AsyncLanes, gate: Gate) -> None:
@@ -434,14 +443,22 @@ def test_a_copy_that_the_worker_cannot_issue_raises_later_and_its_followers_neve
     assert [home.tolist(), other.tolist()] == [[0.0] * 4] * 2
 
 
-def test_a_copy_that_fails_on_the_device_is_told_by_the_host_work_that_waits_for_it(lanes: AsyncLanes) -> None:
-    """Asking a marker raises then; the worker must hand that on and live."""
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_copy_that_fails_on_the_device_is_told_by_the_host_work_that_follows_it(
+    lanes: AsyncLanes, waiting: bool
+) -> None:
+    """Asking its marker raises then, and so does waiting for it; the worker must hand that on and live."""
     home = buffer(lanes)
     with streams_of(lanes).held("d2h"):
         streams_of(lanes).failing["d2h"] = ("copy", OSError("the device is lost"))
         landed = lanes.copy([home], [torch.ones(4)], "d2h")
-        after = lanes.host(lambda: home.fill_(2), after=[landed])
-        lanes.host(lambda: home.fill_(3), after=[after])
+        if waiting:
+            _fill_twice(lanes, home, landed)
+            assert landed.marker.awaited.wait(30)
+    if not waiting:
+        with pytest.raises(OSError, match="device is lost"):
+            landed.marker.wait()
+        _fill_twice(lanes, home, landed)
     with lanes._changed:
         assert lanes._changed.wait_for(lambda: lanes._error is not None, 30)
     with pytest.raises(OSError, match="device is lost"):
@@ -449,6 +466,11 @@ def test_a_copy_that_fails_on_the_device_is_told_by_the_host_work_that_waits_for
     assert home.tolist() == [0.0] * 4
     lanes.wait_compute(lanes.host(lambda: home.fill_(4)))
     assert home.tolist() == [4.0] * 4
+
+
+def _fill_twice(lanes: AsyncLanes, home: Tensor, landed: Event) -> None:
+    first = lanes.host(lambda: home.fill_(2), after=[landed])
+    lanes.host(lambda: home.fill_(3), after=[first])
 
 
 def test_synchronize_raises_what_the_device_raises(lanes: AsyncLanes) -> None:
