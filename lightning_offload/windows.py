@@ -37,15 +37,12 @@ _READS_NO_WEIGHTS = {
     "LearningRateMonitor",
     "ModelCheckpoint",  # saves through the strategy, which flushes
     "ModelSummary",
-    "OffloadStats",
-    "OffloadSummary",
     "RichModelSummary",
     "RichProgressBar",
     "ThroughputMonitor",
     "Timer",
     "TQDMProgressBar",
 }
-_OURS = "lightning_offload.callbacks"
 
 
 @dataclass(frozen=True)
@@ -92,11 +89,15 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 def _is_known(callback: Callback) -> bool:
     kind = type(callback)
-    return kind.__name__ in _READS_NO_WEIGHTS and (
-        kind.__module__ == _OURS or kind.__module__.startswith(pl_callbacks.__name__)
-    )
+    return kind.__name__ in _READS_NO_WEIGHTS and kind.__module__.startswith(pl_callbacks.__name__)
 
 
 def _overridden(instance: object, parent: type[object], hooks: Iterable[str]) -> list[str]:
     name = type(instance).__name__
-    return [f"`{name}.{hook}`" for hook in hooks if is_overridden(hook, instance, parent)]
+    return [f"`{name}.{hook}`" for hook in hooks if is_overridden(hook, instance, parent) and not _ours(instance, hook)]
+
+
+def _ours(instance: object, hook: str) -> bool:
+    """What this package overrides itself looks at neither weights nor gradients."""
+    module: str = getattr(getattr(instance, hook), "__module__", "")
+    return module.startswith("lightning_offload.")

@@ -1,0 +1,87 @@
+"""The generated tables of the README: `python -m tests.readme` writes them anew."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from lightning_offload.methods.full import FullSettings
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+TREE = {
+    "lightning_offload/numerics/adam.py": "AdamW, Adam, SGD: one step on given tensors, with torch's bits",
+    "lightning_offload/numerics/norms.py": "norms, the clip coefficient, masters that follow their weights",
+    "lightning_offload/memory/blocks.py": "splits any model into units: repeated blocks, and the rest; ties",
+    "lightning_offload/memory/arena.py": "host memory of exact size, page-locked in place, its true cost reported",
+    "lightning_offload/memory/slots.py": "device buffers that are used in turn",
+    "lightning_offload/memory/lanes.py": "what runs after what: the protocol, and `InlineLanes`",
+    "lightning_offload/memory/asynchronous.py": "lanes that run side by side: two copy streams and a host worker",
+    "lightning_offload/memory/cuda.py": "CUDA streams and events behind them",
+    "lightning_offload/memory/checked.py": "`CheckedLanes` and `ShuffledLanes`: missing dependencies, found on a CPU",
+    "lightning_offload/memory/ledger.py": "what moved when: bytes and seconds per lane",
+    "lightning_offload/memory/budget.py": "`Machine`: device, host, cgroup, lockable memory, cores",
+    "lightning_offload/methods/base.py": "settings, dtypes, and what a method implements",
+    "lightning_offload/methods/engine.py": "hangs a method on a module and drives it through steps",
+    "lightning_offload/methods/full.py": "method `full`: what it claims, and how `auto` is decided",
+    "lightning_offload/methods/host.py": "gradients down, the step on the host, weights up",
+    "lightning_offload/methods/resident.py": "small parameters, stepped on the device",
+    "lightning_offload/methods/verdict.py": "norms, clip coefficient and finite check, without waiting",
+    "lightning_offload/methods/rules.py": "which optimizers can be offloaded",
+    "lightning_offload/strategies.py": "the strategies that a Trainer knows",
+    "lightning_offload/windows.py": "who looks at weights or gradients in flight",
+    "lightning_offload/precision.py": "`OffloadPrecision`: every dtype",
+    "lightning_offload/mixins.py": "manual optimization with the same bits",
+    "lightning_offload/checkpoint.py": "streaming, atomic checkpoints",
+    "lightning_offload/callbacks.py": "`OffloadStats`, `OffloadSummary`",
+    "lightning_offload/registry.py": "makes the names known to Lightning",
+    "lightning_offload/errors.py": "the few exceptions",
+    "lightning_offload/export.py": "a Hugging Face folder, checked by its logits",
+    "lightning_offload/text/": "language models, data modules, the shipped model and its corpus",
+    "lightning_offload/cli.py": "`lightning-offload train | evaluate | export`",
+    "lightning_offload/runs.py": "where runs live, and which one is the last",
+    "lightning_offload/plots.py": "`loss.png`",
+    "lightning_offload/benchmarks.py": "the tables above: `python -m lightning_offload.benchmarks`",
+    "conf/": "Hydra groups: model, data, method, optimizer, scheduler, precision, hardware, trainer, ...",
+    "tests/": "mirrors the package",
+    "tutorials/": "notebooks, executed by a test",
+}
+"""Every module of the package; `text/` in one line."""
+
+
+def settings_rows() -> list[str]:
+    """Name, default and meaning from the settings dataclass, the method's own first."""
+    own = {field.name for field in fields(FullSettings)} - {field.name for field in fields(FullSettings.__mro__[1])}
+    ordered = sorted(fields(FullSettings), key=lambda field: field.name not in own)
+    meanings = {**_attributes(FullSettings.__mro__[1]), **_attributes(FullSettings)}
+    return [f"| `{f.name}` | `{f.default!r}` | {meanings[f.name]} |" for f in ordered]
+
+
+def tree_rows() -> list[str]:
+    return [f"| `{path}` | {phrase} |" for path, phrase in TREE.items()]
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """The ``Attributes:`` section of a docstring, by name."""
+    section = (kind.__doc__ or "").split("Attributes:")[1]
+    entries = re.split(r"\n        (?=\w+: )", "\n" + section.strip("\n"))
+    found = {}
+    for entry in entries:
+        name, _, text = entry.strip().partition(": ")
+        found[name] = re.sub(r"\s+", " ", text).replace("``", "`").rstrip(".")
+    return found
+
+
+def render(text: str) -> str:
+    """``text`` with the rows of each generated table written anew."""
+    for marker, rows in (("settings: generated", settings_rows()), ("tree: generated", tree_rows())):
+        before, comment, after = text.partition(f"<!-- {marker}")
+        head, rule, rest = after.partition("|---|\n")
+        _, blank, following = rest.partition("\n\n")
+        text = before + comment + head + rule + "\n".join(rows) + blank + following
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))
