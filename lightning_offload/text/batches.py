@@ -93,6 +93,9 @@ class ResumableLoader(DataLoader[Any]):
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if not isinstance(self.sampler, ResumableSampler):  # `overfit_batches` takes the same batches every epoch
+            yield from super().__iter__()
+            return
         sampler, left = self._sampler, len(self)
         epoch, used = self.position or (sampler.epoch, 0)
         while left:
@@ -119,12 +122,16 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what fixes the order."""
+        if not isinstance(self.sampler, ResumableSampler):
+            return {}
         epoch, used = self.position or (self._sampler.epoch, 0)
         return {"epoch": epoch, "used": used, "seed": self._sampler.seed, "samples": len(self.dataset)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the last sample used; raises ValueError when data or seed are others."""
         own = self.state_dict()
+        if not own:
+            return
         for name in ("seed", "samples"):
             if own[name] != state[name]:
                 raise ValueError(

@@ -118,3 +118,11 @@ def test_several_devices_share_the_samples():
 def loader_of(data):
     data.setup()
     return data.train_dataloader()
+
+
+def test_overfitting_takes_the_same_batches_every_epoch(make_data):
+    seen = run(make_data(), overfit_batches=2, max_epochs=3)
+    first = [batch for epoch, batch in seen if epoch == 0]
+    assert len(first) == 2
+    for epoch in (1, 2):
+        assert [batch for at, batch in seen if at == epoch] == first
