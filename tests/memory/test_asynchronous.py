@@ -275,6 +275,22 @@ def test_close_drops_what_was_not_synchronized_and_releases_who_waits_for_it(lan
     assert workers() == []
 
 
+def test_close_waits_for_the_work_that_runs(lanes: AsyncLanes, gate: Gate) -> None:
+    """It writes host memory that is about to be given back."""
+    lanes.host(gate)
+    gate.begun.wait()
+    (worker,) = workers()
+    join = worker.join
+
+    def opens_the_gate() -> None:
+        gate.go.set()
+        join()
+
+    worker.join = opens_the_gate
+    lanes.close()
+    assert not worker.is_alive()
+
+
 def test_close_frees_host_memory_even_if_the_device_is_broken(lanes: AsyncLanes) -> None:
     buffer(lanes)
     streams_of(lanes).failing["h2d"] = ("copy", OSError("the device is lost"))
