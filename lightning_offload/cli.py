@@ -27,7 +27,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_offload import runs
-from lightning_offload.conf import schema  # type: ignore[import-not-found]  # setuptools maps it to conf/
+from lightning_offload.conf import schema
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import check_weights, export_to_hf, load_weights
 from lightning_offload.plots import metrics_files, plot_losses
