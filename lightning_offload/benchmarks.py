@@ -85,7 +85,7 @@ def overhead(rounds: int = 4, steps: int = 6) -> str:
         for name in times:
             strategy: Any = FullOffloadStrategy() if name == "full_offload" else "auto"
             module = _Decoder()
-            L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_steps=steps, **_QUIET).fit(module)
+            L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_steps=steps, **QUIET).fit(module)
             starts = module.starts[2:]  # without the steps that allocate
             times[name] += [after - before for before, after in pairwise(starts)]
     plain, ours = (median(values) for values in times.values())
@@ -100,7 +100,7 @@ def overhead(rounds: int = 4, steps: int = 6) -> str:
     )
 
 
-_QUIET: dict[str, Any] = {
+QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,

@@ -42,6 +42,7 @@ TREE = {
     "lightning_offload/cli.py": "`lightning-offload train | evaluate | export`",
     "lightning_offload/runs.py": "where runs live, and which one is the last",
     "lightning_offload/plots.py": "`loss.png`",
+    "lightning_offload/training_benchmark.py": "models by shape, trained and measured on a GPU",
     "lightning_offload/benchmarks.py": "the tables above: `python -m lightning_offload.benchmarks`",
     "conf/": "Hydra groups: model, data, method, optimizer, scheduler, precision, hardware, trainer, ...",
     "tests/": "mirrors the package",

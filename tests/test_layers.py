@@ -46,6 +46,7 @@ RULES = {
     "__init__": May("registry strategies precision mixins callbacks", "", ".export"),
     "export": May("errors memory methods", "torch", "transformers safetensors"),
     "benchmarks": May("errors numerics memory methods strategies", "torch lightning"),
+    "training_benchmark": May("benchmarks memory strategies text", "torch lightning", "yaml"),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets"),
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
