@@ -108,7 +108,7 @@ def _finish(axes: Any) -> None:
 
 def _method_of(run: Path) -> str:
     """Return the method's name from the run's configuration, else the folder's name."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     config = run / "config.yaml"
     content = yaml.safe_load(config.read_text()) if config.is_file() else {}
