@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.engine import Engine
-from lightning_offload.strategies import OffloadBehaviour
 
 GIB = 1024**3
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_offload.strategies import OffloadBehaviour
+from lightning_offload.behaviour import OffloadBehaviour
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,12 @@ def test_host_phase_names_every_arm() -> None:
 
 
 def test_training_measures_both_arms_and_the_lanes() -> None:
-    tiny = shape("llama_1b3") | {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    tiny = shape("llama_1b3") | {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+    }
     rows = training(tiny, batch=1, length=8, steps=1)
     assert rows["full_offload"]["tokens/s"] > 0
     assert {"d2h busy %", "h2d busy %", "host busy %", "host GiB"} <= rows["full_offload"].keys()

@@ -14,24 +14,24 @@ It knows nothing of Lightning; ten lines drive it::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from lightning_offload.errors import CheckpointError, NonFiniteError, OffloadError
-from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.errors import CheckpointError, OffloadError
+from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
-from lightning_offload.memory.lanes import Event, Lanes
-from lightning_offload.methods.base import Clip, DTypes, Flight, Part, StepReport, Trained, Verdict
+from lightning_offload.memory.lanes import Lanes
+from lightning_offload.methods.arrivals import Arrivals
+from lightning_offload.methods.base import Clip, DTypes, Part, StepReport, Trained, Verdict
 from lightning_offload.methods.full import Full
-from lightning_offload.methods.host import HostOptimizer, settle, weight_dtype
+from lightning_offload.methods.homes import settle, weight_dtype
+from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.resident import ResidentOptimizer
-from lightning_offload.methods.rules import Rule, frozen_groups, rule_for
+from lightning_offload.methods.rules import check_groups, frozen_groups, rule_for
 from lightning_offload.methods.verdict import Judge
 from lightning_offload.numerics.norms import adopt_
 
@@ -45,7 +45,6 @@ class Engine:
     Attributes:
         stepping: Set before the backward of the last micro-batch of a step; gradients then leave as they arrive.
         gradients_visible: Whether somebody reads or writes ``p.grad`` between backward and step; gradients then stay.
-        report: What the last step did that the host has finished judging.
 
     Args:
         module: The module to train; its ``Parameter`` objects must be final. Weights may be on the CPU or on the
@@ -77,16 +76,12 @@ class Engine:
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
         self.stepping = False
         self.gradients_visible = False
-        self.report = StepReport()
         self.units = partition(module, method.settings.blocks)
-        self.flights = [Flight(unit.index) for unit in self.units]
+        self.arrivals = Arrivals(self.units, lanes)
         self.rule = rule_for(optimizer)
         self._expects_clip = expects_clip
         self._steps = 0
         self._undo: list[Callable[[], Any]] = []
-        self._early: set[int] = set()  # units whose weights are used before their own hook fires
-        self._entered: list[int] = []  # units in the order of their first hook
-        self._recorded = False
         self.closed = False
 
         trained = self._find_trained()
@@ -103,34 +98,20 @@ class Engine:
         self.parts: tuple[Part, ...] = (self.host, self.resident)
         self.trained = trained
         self._part_of = {id(t): part for part in self.parts for t in part.trained}
-        self._judge = Judge(lanes, len(trained)) if wants_norms else None
+        self._judge = Judge(lanes, len(trained), method.settings.max_skips) if wants_norms else None
         self._settle_frozen()
         self._install()
 
+    @property
+    def report(self) -> StepReport:
+        """What the last step did that the host has finished judging."""
+        return self._judge.report if self._judge is not None else StepReport()
+
     # What the strategy calls, in the order of a step.
 
-    @contextmanager
-    def micro_batch(self) -> Iterator[None]:
-        """Around one forward of training.
-
-        Hooks make each unit wait for its own weights. Weights that are used outside their unit's own forward
-        (functionally, or by a module that was never called) are found in the first one and waited for here.
-        """
-        for index in self._early:
-            self.flights[index].land(self.lanes)
-        if self._recorded or self._compiled:
-            yield
-            return
-        recorder = _EarlyUse(self.units, self.flights)
-        self._entered.clear()
-        with recorder:
-            yield
-        self._recorded = True
-        self._early = recorder.early | {unit.index for unit in self.units} - set(self._entered)
-        for flight in self.flights:
-            flight.order = 0  # whoever was never entered may be needed at once
-        for place, index in enumerate(self._entered):
-            self.flights[index].order = place + 1
+    def micro_batch(self) -> AbstractContextManager[None]:
+        """Around one forward of training: each unit waits for its own weights."""
+        return self.arrivals.forward()
 
     def step(self, clip: Clip | None = None) -> None:
         """Issue one optimizer step with every gradient there is, clipped as ``clip`` says.
@@ -153,8 +134,7 @@ class Engine:
         backward_done = self.lanes.compute()
         verdict = Verdict(clip, self.method.settings.skip_nonfinite, self._steps, [t.name for t in present])
         if self._judge is not None:
-            self._judge.decide(verdict, present, self.host, backward_done)
-            self._judge.readers = [self._issue_report(verdict)]
+            self._judge.decide(verdict, present, self.host)
         elif verdict.clips_norm:
             raise OffloadError("The step is to be clipped by norm, but no norms were taken: `expects_clip` is False")
         groups = frozen_groups(self.optimizer)
@@ -165,14 +145,12 @@ class Engine:
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
-        for flight in self.flights:
-            flight.land(self.lanes)
+        self.arrivals.publish()
 
     def flush(self) -> None:
         """Wait until nothing is in flight: every parameter of the module equals its rounded master."""
         self.lanes.synchronize()
-        for flight in self.flights:
-            flight.waited = True
+        self.arrivals.landed()
 
     def adopt(self) -> None:
         """Take over weights that somebody else wrote: where a weight differs from its rounded master."""
@@ -225,15 +203,13 @@ class Engine:
             CheckpointError: The state belongs to another optimizer or another model.
         """
         self.flush()
-        _check_groups(self.optimizer, self.rule, packed["param_groups"])
+        check_groups(self.optimizer, self.rule, packed["param_groups"])
         try:
             self.optimizer.load_state_dict({"state": {}, "param_groups": packed["param_groups"]})
         except ValueError as error:
             raise CheckpointError(f"The checkpoint's optimizer state does not fit this optimizer: {error}") from error
         for t in self.trained:
-            state = packed["state"].get(t.position, {})
-            _check_shapes(t, state)
-            self._part_of[id(t)].load_state_of(t, state)
+            self._part_of[id(t)].load_state_of(t, packed["state"].get(t.position, {}))
 
     def extras(self) -> dict[str, Any]:
         """What torch's layout has no place for: masters, gradients of an unfinished window, skips."""
@@ -261,7 +237,8 @@ class Engine:
         self.load_gradients(extras[GRADIENTS])
         skips = extras[SKIPS]
         self._steps = skips["steps"]
-        self.report = StepReport(step=self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"])
+        if self._judge is not None:
+            self._judge.resume(self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"])
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Put the gradients of an unfinished window, by name, where they accumulate."""
@@ -289,7 +266,7 @@ class Engine:
                 name, unit = owner[id(parameter)]
                 if parameter.requires_grad:
                     _check_dtype(name, parameter)
-                    trained.append(Trained(name, parameter, unit, self.flights[unit.index], index, position))
+                    trained.append(Trained(name, parameter, unit, self.arrivals.flights[unit.index], index, position))
                 position += 1
         return trained
 
@@ -321,10 +298,7 @@ class Engine:
                     settle(parameter, self.lanes.device, dtype)
 
     def _install(self) -> None:
-        for unit in self.units:
-            hook = _land_hook(self.flights[unit.index], self.lanes, self._entered, unit.index)
-            for module in unit.entry_modules:  # first of all hooks: another one may read the weights
-                self._undo.append(module.register_forward_pre_hook(hook, prepend=True).remove)
+        self._undo += self.arrivals.install()
         for t in self.host.trained:
             self._undo.append(t.parameter.register_post_accumulate_grad_hook(self._gradient_hook(t)).remove)
         flush, adopt = self.flush, self.adopt
@@ -351,10 +325,6 @@ class Engine:
         """
         return self.stepping and self._judge is None and not self._expects_clip and self._steps > 0
 
-    @property
-    def _compiled(self) -> bool:
-        return any(hasattr(module, "_orig_mod") for module in self.module.modules())
-
     def _refuse_new_groups(self) -> None:
         def refuse(group: dict[str, Any]) -> None:
             raise OffloadError(
@@ -377,101 +347,9 @@ class Engine:
                         "host. Set `requires_grad=True` before `fit`, or start a new `fit`."
                     )
 
-    def _issue_report(self, verdict: Verdict) -> Event:
-        assert verdict.host_ready is not None
-        return self.lanes.host(lambda: self._record(verdict), after=[verdict.host_ready], priority=-1, tag="report")
-
-    def _record(self, verdict: Verdict) -> None:
-        assert verdict.on_host is not None
-        total, coefficient, skipped = (float(verdict.on_host[at]) for at in range(3))
-        before = self.report
-        self.report = StepReport(
-            step=verdict.step,
-            grad_norm=total,
-            clip_coefficient=coefficient,
-            skipped=bool(skipped),
-            skipped_in_a_row=before.skipped_in_a_row + 1 if skipped else 0,
-            skipped_total=before.skipped_total + int(skipped),
-        )
-        if self.report.skipped_in_a_row > self.method.settings.max_skips:
-            raise NonFiniteError(_explain_skips(self.report, verdict))
-
-
-def _explain_skips(report: StepReport, verdict: Verdict) -> str:
-    assert verdict.on_host is not None
-    finite = torch.isfinite(verdict.on_host[3 : 3 + len(verdict.names)]).tolist()
-    bad = [name for name, is_finite in zip(verdict.names, finite, strict=True) if not is_finite]
-    first = f"the first parameter with a non-finite gradient is `{bad[0]}`" if bad else "the norm itself overflowed"
-    return (
-        f"{report.skipped_in_a_row} steps in a row had a non-finite gradient norm (`max_skips` allows "
-        f"{report.skipped_in_a_row - 1}); in step {report.step} {first}. No weight was changed in these steps. Lower "
-        "the learning rate, look at the loss of these batches, or train in `bf16-mixed` or `32-true`."
-    )
-
-
-def _land_hook(flight: Flight, lanes: Lanes, entered: list[int], index: int) -> Callable[..., None]:
-    """A plain function: deep copies of the module (weight averaging) share it instead of copying the engine."""
-
-    def hook(module: nn.Module, args: Any) -> None:
-        if not flight.entered:
-            flight.entered = True
-            entered.append(index)
-        flight.land(lanes)
-
-    return hook
-
-
-class _EarlyUse(TorchFunctionMode):
-    """Finds units whose weights are used in a forward before a hook of theirs has fired."""
-
-    def __init__(self, units: Sequence[Unit], flights: Sequence[Flight]) -> None:
-        super().__init__()
-        self.early: set[int] = set()
-        self._flights = flights
-        self._unit = {id(p): unit.index for unit in units for p in unit.parameters.values()}
-        for flight in flights:
-            flight.entered = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # `weight.dtype` reads no weight
-            for value in tree_leaves((args, kwargs)):
-                index = self._unit.get(id(value))
-                if index is not None and not self._flights[index].entered:
-                    self.early.add(index)
-        return func(*args, **(kwargs or {}))
-
 
 def _check_dtype(name: str, parameter: nn.Parameter) -> None:
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"`{name}` is trained in {parameter.dtype}, which cannot be offloaded; use float32 or bfloat16 weights"
         )
-
-
-_READ = ("lr", "betas", "eps", "weight_decay", "momentum", "nesterov")
-_FIXED = ("amsgrad", "maximize", "differentiable", "dampening", "decoupled_weight_decay")
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, rule: Rule, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Hyper-parameters come from the checkpoint, as with torch, but not the update rule nor the states it has."""
-    what = f"the checkpoint is of another optimizer than this run's `{type(optimizer).__name__}`"
-    for own, group in zip(optimizer.param_groups, saved, strict=False):
-        for key in _READ:
-            if key in own and key not in group:
-                raise CheckpointError(f"The checkpoint's optimizer has no `{key}`: {what}.")
-        for key in _FIXED:
-            if key in own and group.get(key, own[key]) != own[key]:
-                raise CheckpointError(f"The checkpoint's optimizer has `{key}={group[key]}`: {what} ({own[key]}).")
-        if group.get("momentum") and "momentum" in own and not rule.states:
-            raise CheckpointError(f"The checkpoint's optimizer has `momentum={group['momentum']}`: {what} (0).")
-
-
-def _check_shapes(trained: Trained, state: dict[str, Any]) -> None:
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape != trained.parameter.shape:
-            raise CheckpointError(
-                f"Optimizer state `{key}` of `{trained.name}` has shape {tuple(value.shape)} in the checkpoint, the "
-                f"parameter has {tuple(trained.parameter.shape)}: the checkpoint is of another model."
-            )

@@ -6,8 +6,7 @@ method does not claim).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -19,72 +18,15 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.memory.lanes import Event, Lanes
 from lightning_offload.memory.slots import Ring
 from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
+from lightning_offload.methods.homes import Home, UnitHomes, host_step, load_state, settle, weight_dtype
 from lightning_offload.methods.rules import Rule
 from lightning_offload.numerics.norms import adopt_, gradient_norm
 
 SLOT_NUMEL = 1 << 25
 """Most elements of one gradient piece on its way down (64 MiB in bf16)."""
 
-CHUNK_NUMEL = 1 << 20
-"""Elements that are cast and stepped at a time where the wire is 16-bit; a multiple of every vector width."""
-
-
-@dataclass(eq=False)
-class _Home:
-    """Where one trained parameter lives on the host; all tensors are flat.
-
-    Attributes:
-        wire: Brings the gradient down and, where the master is wider than the weight, the weight up.
-        master: The truth about the weight.
-        states: Optimizer state by torch's name.
-        step: Its own step count, fp32 scalar.
-        total: fp32 sum over micro-batches, where they accumulate on the host.
-        landed: Copies down of the gradient in ``wire``.
-        added: The last addition to ``total``.
-        taken: Whether this step has a gradient here.
-        final: Whether that gradient is complete and the unit may step under backward.
-        late: Gradient stays in ``p.grad`` until the step, because it arrived twice in one step before.
-    """
-
-    trained: Trained
-    wire: Tensor
-    master: Tensor
-    states: dict[str, Tensor]
-    step: Tensor
-    total: Tensor | None
-    landed: list[Event] = field(default_factory=list)
-    added: Event | None = None
-    taken: bool = False
-    final: bool = False
-    late: bool = False
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the weight is a rounded copy of the master."""
-        return self.wire.dtype != self.master.dtype
-
-    @property
-    def source(self) -> Tensor:
-        """What comes up as the new weight, shaped like it."""
-        return (self.wire if self.rounded else self.master).view(self.trained.parameter.shape)
-
-    @property
-    def events(self) -> list[Event]:
-        """After these the gradient is there."""
-        return [self.added] if self.added is not None else self.landed
-
-
-@dataclass(eq=False)
-class _UnitHomes:
-    """The homes of one unit, in (group, position) order: one call of the update rule per group."""
-
-    index: int
-    homes: list[_Home]
-    stepped: Event | None = None
-
-    @property
-    def taken(self) -> list[_Home]:
-        return [home for home in self.homes if home.taken]
+CPU_SLOT_NUMEL = 1 << 20
+"""The same where the device is the host: there the ring takes the memory that the arenas are counted in."""
 
 
 class HostOptimizer:
@@ -116,7 +58,7 @@ class HostOptimizer:
         self._on_host = accumulate_on_host
         self._wants_norms = wants_norms
         self._units = [
-            _UnitHomes(index, self._make_homes(list(members)))
+            UnitHomes(index, self._make_homes(list(members)))
             for index, members in groupby(self.trained, key=lambda t: t.unit.index)
         ]
         self._home = {home.trained.name: home for unit in self._units for home in unit.homes}
@@ -245,7 +187,7 @@ class HostOptimizer:
         home.total.copy_(gradient.reshape(-1))
         home.taken = True
 
-    def _make_homes(self, members: list[Trained]) -> list[_Home]:
+    def _make_homes(self, members: list[Trained]) -> list[Home]:
         weights = {t.name: weight_dtype(t.parameter, self._dtypes) for t in members}
         name, masters = members[0].unit.name or "model", self._dtypes.master
         wires = self._carve(f"{name}.wire", members, [(weights[t.name], "pinned") for t in members])
@@ -263,7 +205,7 @@ class HostOptimizer:
         for at, t in enumerate(members):
             own = {state: tensors[at] for state, tensors in states.items()}
             step = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
-            homes.append(_Home(t, wires[at], owned[at], own, step, totals[at]))
+            homes.append(Home(t, wires[at], owned[at], own, step, totals[at]))
             with torch.no_grad():
                 owned[at].copy_(t.parameter.detach().reshape(-1))
             settle(t.parameter, self._lanes.device, weights[t.name])
@@ -282,13 +224,12 @@ class HostOptimizer:
     def _make_ring(self, dtype: torch.dtype) -> Ring:
         """Device buffers for about one block's gradients, so that compute never waits for the link within a block."""
         homes = [home for home in self._home.values() if home.wire.dtype == dtype]
-        # where the device is the host the ring takes the memory that the arenas are counted in
-        bound = SLOT_NUMEL if self._lanes.device.type == "cuda" else min(SLOT_NUMEL, CHUNK_NUMEL)
+        bound = SLOT_NUMEL if self._lanes.device.type == "cuda" else min(SLOT_NUMEL, CPU_SLOT_NUMEL)
         slot = min(max(home.wire.numel() for home in homes), bound)
         largest = max(sum(home.wire.numel() for home in unit.homes) for unit in self._units)
         return Ring(self._lanes, f"gradients.{dtype}", slot, dtype, min(max(-(-largest // slot), 2), 8))
 
-    def _take(self, home: _Home) -> None:
+    def _take(self, home: Home) -> None:
         """Send the gradient down, piece by piece through the ring, and free it."""
         trained = home.trained
         gradient = trained.gradient().reshape(-1)
@@ -317,7 +258,7 @@ class HostOptimizer:
             self._add(home, home.total)
         home.taken = True
 
-    def _add(self, home: _Home, total: Tensor) -> None:
+    def _add(self, home: Home, total: Tensor) -> None:
         first, wire = not home.taken, home.wire
         home.added = self._lanes.host(
             lambda: total.copy_(wire) if first else total.add_(wire),
@@ -327,7 +268,7 @@ class HostOptimizer:
             traffic_bytes=total.numel() * (8 + wire.element_size()),
         )
 
-    def _recall(self, home: _Home) -> None:
+    def _recall(self, home: Home) -> None:
         """A second gradient in one step: bring the first back, and from now on wait for the step.
 
         Happens with several backwards per step, and with tied weights under reentrant checkpointing.
@@ -343,7 +284,7 @@ class HostOptimizer:
         trained.parameter.grad = first.add_(trained.gradient())
         home.taken, home.late, home.landed = False, True, []
 
-    def _step(self, unit: _UnitHomes, groups: Groups, verdict: Verdict) -> Event:
+    def _step(self, unit: UnitHomes, groups: Groups, verdict: Verdict) -> Event:
         homes = unit.taken
         elements = sum(home.wire.numel() for home in homes)
         flight = homes[0].trained.flight
@@ -357,7 +298,7 @@ class HostOptimizer:
             traffic_bytes=elements * self._step_bytes(homes[0]),
         )
 
-    def _step_bytes(self, home: _Home) -> int:
+    def _step_bytes(self, home: Home) -> int:
         """Host memory traffic of one element's step, write-allocate reads included."""
         states = 4 + 8 + 8 * len(self._rule.states)  # gradient read; master and states read and written
         return states if not home.rounded else states - 4 + 10 + 8 + 4
@@ -367,84 +308,3 @@ class HostOptimizer:
             home.taken, home.final, home.landed, home.added, home.trained.norm = False, False, [], None, None
         for unit in self._units:
             unit.stepped = None
-
-
-def host_step(rule: Rule, homes: Sequence[_Home], groups: Groups, verdict: Verdict, lanes: Lanes) -> None:
-    """The step of one unit, on the host lane: clip, update rule, and the new weights onto the wire."""
-    if verdict.skip:
-        for home in homes:
-            if home.rounded:
-                home.wire.copy_(home.master)
-        return
-    for group, members in groupby(homes, key=lambda home: home.trained.group):
-        ready = []
-        for home in members:
-            if home.total is None and home.rounded:
-                _step_narrow(rule, home, groups[group], verdict, lanes)
-            else:
-                ready.append(home)
-        if ready:
-            _step_wide(rule, ready, groups[group], verdict)
-
-
-def _step_wide(rule: Rule, homes: Sequence[_Home], group: Mapping[str, Any], verdict: Verdict) -> None:
-    """fp32 gradients: one call for all tensors of the span."""
-    grads = [home.wire if home.total is None else home.total for home in homes]
-    clip_(grads, verdict)
-    states = {name: [home.states[name] for home in homes] for name in rule.states}
-    rule.step_([home.master for home in homes], grads, states, [home.step for home in homes], group)
-    for home in homes:
-        if home.rounded:
-            home.wire.copy_(home.master)
-
-
-def _step_narrow(rule: Rule, home: _Home, group: Mapping[str, Any], verdict: Verdict, lanes: Lanes) -> None:
-    """16-bit gradients: clipped and rounded in their own dtype, then cast and stepped a chunk at a time."""
-    clip_([home.wire], verdict)
-    scratch = lanes.scratch(min(CHUNK_NUMEL, home.wire.numel()), home.master.dtype)
-    count = home.step.clone()
-    for part in _chunks(home.wire.numel()):
-        wide = scratch[: part.stop - part.start]
-        wide.copy_(home.wire[part])
-        home.step.copy_(count)  # every chunk is the same step
-        states = {name: [tensor[part]] for name, tensor in home.states.items()}
-        rule.step_([home.master[part]], [wide], states, [home.step], group)
-        home.wire[part].copy_(home.master[part])
-
-
-def _chunks(numel: int) -> Iterator[slice]:
-    for start in range(0, numel, CHUNK_NUMEL):
-        yield slice(start, min(start + CHUNK_NUMEL, numel))
-
-
-def clip_(grads: list[Tensor], verdict: Verdict) -> None:
-    """Clip in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped."""
-    if (coefficient := verdict.coefficient) is not None:
-        torch._foreach_mul_(grads, coefficient)
-    if verdict.clamp is not None:
-        torch._foreach_clamp_min_(grads, -verdict.clamp)
-        torch._foreach_clamp_max_(grads, verdict.clamp)
-
-
-def weight_dtype(parameter: torch.nn.Parameter, dtypes: DTypes) -> torch.dtype:
-    """The dtype of a parameter's compute weight."""
-    return dtypes.compute or parameter.dtype
-
-
-def settle(parameter: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> None:
-    """Bring one weight to its device and compute dtype; the ``Parameter`` object stays."""
-    if parameter.device != device or parameter.dtype != dtype:
-        parameter.data = parameter.data.to(device, dtype)
-
-
-def load_state(
-    rule: Rule, step: Tensor, states: Mapping[str, Tensor], trained: Trained, state: Mapping[str, Any]
-) -> None:
-    """Copy torch's optimizer state of one parameter into its own buffers, which keep their dtype."""
-    held = {name: state[name] for name in rule.states if state.get(name) is not None}
-    for name, tensor in states.items():
-        if name in held:
-            tensor.copy_(held[name].reshape(tensor.shape))
-        else:
-            tensor.zero_()
-    step.fill_(float(state["step"]) if "step" in state else float(bool(held)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, Lanes
 from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
-from lightning_offload.methods.host import load_state, settle, weight_dtype
+from lightning_offload.methods.homes import load_state, settle, weight_dtype
 from lightning_offload.methods.rules import Rule
 from lightning_offload.numerics.norms import adopt_, gradient_norm
 

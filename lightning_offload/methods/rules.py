@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_offload.errors import CheckpointError
 from lightning_offload.numerics.adam import adam_, sgd_
 
 
@@ -117,3 +118,25 @@ def _sgd_step(
 def frozen_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The groups' hyper-parameters as they are now: host work takes them when it is issued, not when it runs."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+_READ = ("lr", "betas", "eps", "weight_decay", "momentum", "nesterov")
+_FIXED = ("amsgrad", "maximize", "differentiable", "dampening", "decoupled_weight_decay")
+
+
+def check_groups(optimizer: torch.optim.Optimizer, rule: Rule, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Hyper-parameters come from the checkpoint, as with torch, but not the update rule nor the states it has.
+
+    Raises:
+        CheckpointError: The checkpoint's groups are of another optimizer.
+    """
+    what = f"the checkpoint is of another optimizer than this run's `{type(optimizer).__name__}`"
+    for own, group in zip(optimizer.param_groups, saved, strict=False):
+        for key in _READ:
+            if key in own and key not in group:
+                raise CheckpointError(f"The checkpoint's optimizer has no `{key}`: {what}.")
+        for key in _FIXED:
+            if key in own and group.get(key, own[key]) != own[key]:
+                raise CheckpointError(f"The checkpoint's optimizer has `{key}={group[key]}`: {what} ({own[key]}).")
+        if group.get("momentum") and "momentum" in own and not rule.states:
+            raise CheckpointError(f"The checkpoint's optimizer has `momentum={group['momentum']}`: {what} (0).")

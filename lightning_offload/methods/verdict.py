@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_offload.errors import NonFiniteError
 from lightning_offload.memory.lanes import Event, Lanes
-from lightning_offload.methods.base import Trained, Verdict
+from lightning_offload.methods.base import StepReport, Trained, Verdict
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.numerics.norms import clip_coefficient, gradient_norm, total_norm
 
@@ -22,22 +23,33 @@ HEAD = 3
 
 
 class Judge:
-    """Owns the two small buffers in which verdicts travel.
+    """Owns the small buffers in which verdicts travel, and what is reported of them.
 
     Attributes:
+        report: What the last step did that the host has finished judging.
         readers: Events after which the host has read the last verdict.
     """
 
-    def __init__(self, lanes: Lanes, parameters: int) -> None:
+    def __init__(self, lanes: Lanes, parameters: int, max_skips: int) -> None:
+        self.report = StepReport()
         self.readers: list[Event] = []
+        self._max_skips = max_skips
         self._lanes = lanes
         (self._device,) = lanes.buffers("verdict.device", [HEAD + parameters], torch.float32, "device")
         (self._host,) = lanes.buffers("verdict.host", [HEAD + parameters], torch.float32, "pinned")
         (self._landed,) = lanes.buffers("verdict.landed", [parameters], torch.float32, "pinned")
         self._sent: Event | None = None
 
-    def decide(self, verdict: Verdict, present: Sequence[Trained], host: HostOptimizer, backward_done: Event) -> None:
-        """Fill in ``verdict``; ``present`` are the parameters with a gradient, in optimizer order."""
+    def resume(self, step: int, *, skipped_in_a_row: int, skipped_total: int) -> None:
+        """Go on counting where a checkpoint stopped."""
+        self.report = StepReport(step=step, skipped_in_a_row=skipped_in_a_row, skipped_total=skipped_total)
+
+    def decide(self, verdict: Verdict, present: Sequence[Trained], host: HostOptimizer) -> None:
+        """Fill in ``verdict`` and report it; ``present`` are the parameters with a gradient, in optimizer order.
+
+        Raises:
+            NonFiniteError: Too many steps in a row were skipped; here, or at the next call of any lane.
+        """
         on_host = {trained.name: (total, events) for trained, total, events in host.host_norms()}
         if self._sent is not None:
             self._lanes.wait_compute(self._sent)  # the last verdict has left the device buffer
@@ -47,6 +59,24 @@ class Judge:
             self._on_host(verdict, verdict.on_host, present, on_host)
         else:
             self._on_device(verdict, verdict.on_host, present)
+        assert verdict.host_ready is not None
+        self.readers = [
+            self._lanes.host(lambda: self._record(verdict), after=[verdict.host_ready], priority=-1, tag="report")
+        ]
+
+    def _record(self, verdict: Verdict) -> None:
+        assert verdict.on_host is not None
+        total, coefficient, skipped = (float(verdict.on_host[at]) for at in range(HEAD))
+        self.report = StepReport(
+            step=verdict.step,
+            grad_norm=total,
+            clip_coefficient=coefficient,
+            skipped=bool(skipped),
+            skipped_in_a_row=self.report.skipped_in_a_row + 1 if skipped else 0,
+            skipped_total=self.report.skipped_total + int(skipped),
+        )
+        if self.report.skipped_in_a_row > self._max_skips:
+            raise NonFiniteError(_explain_skips(self.report, verdict))
 
     def _on_device(self, verdict: Verdict, on_host: Tensor, present: Sequence[Trained]) -> None:
         norms = torch.stack([_norm(trained) for trained in present])
@@ -125,6 +155,18 @@ def judge(norms: Sequence[Tensor], verdict: Verdict) -> Tensor:
     if verdict.skip_nonfinite:
         bad = (~torch.isfinite(total)).to(total.dtype)
     return torch.stack([total, coefficient, bad])
+
+
+def _explain_skips(report: StepReport, verdict: Verdict) -> str:
+    assert verdict.on_host is not None
+    finite = torch.isfinite(verdict.on_host[HEAD : HEAD + len(verdict.names)]).tolist()
+    bad = [name for name, is_finite in zip(verdict.names, finite, strict=True) if not is_finite]
+    first = f"the first parameter with a non-finite gradient is `{bad[0]}`" if bad else "the norm itself overflowed"
+    return (
+        f"{report.skipped_in_a_row} steps in a row had a non-finite gradient norm (`max_skips` allows "
+        f"{report.skipped_in_a_row - 1}); in step {report.step} {first}. No weight was changed in these steps. Lower "
+        "the learning rate, look at the loss of these batches, or train in `bf16-mixed` or `32-true`."
+    )
 
 
 def _norm_into(target: Tensor, gradient: Tensor) -> None:

@@ -202,7 +202,7 @@ def bf16_reference(net: nn.Module, *, steps: int, clip: float | None) -> tuple[l
 def test_bf16_weights_with_fp32_masters(
     kind: str, min_numel: int, clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_offload.methods.host.CHUNK_NUMEL", 128)  # several chunks per weight
+    monkeypatch.setattr("lightning_offload.methods.homes.CHUNK_NUMEL", 128)  # several chunks per weight
     net = Net()
     losses, masters = bf16_reference(net, steps=5, clip=clip)
     ours = train(

@@ -1,0 +1,367 @@
+"""What every offload strategy does with Lightning's hooks, whatever base class it is combined with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.init import _EmptyInit
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_offload.checkpoint import OffloadCheckpointIO, check_weights
+from lightning_offload.memory.arena import HostMemory
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.cuda import cuda_lanes
+from lightning_offload.memory.lanes import InlineLanes, Lanes
+from lightning_offload.methods.engine import GRADIENTS, Engine
+from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.precision import OffloadPrecision
+from lightning_offload.windows import Window, find_window
+
+EXTRAS = "lightning_offload"
+"""Our key in a checkpoint's ``optimizer_states[0]``; torch and Lightning ignore it."""
+
+
+class OffloadBehaviour(Strategy):
+    """What makes a strategy an offload strategy, whatever base class it is combined with.
+
+    The user's optimizer stays ``strategy.optimizers[0]`` and carries learning rate, betas, decay and groups; its
+    state lives in the engine. While an engine is attached the masters are the truth about trained weights.
+
+    Attributes:
+        engine: The engine of the running, or of the last, ``fit``; ``None`` where nothing is offloaded.
+        settings: What was asked for; ``engine.method.settings`` has every ``"auto"`` resolved.
+    """
+
+    strategy_name: ClassVar[str]
+    settings: FullSettings
+    engine: Engine | None = None
+    _window = Window()
+    _adopt_due = False
+    _pending: Mapping[str, Tensor] = {}
+    _torn = False
+
+    # Precision and checkpoints: whatever the Trainer brings becomes ours.
+
+    @property
+    @override
+    def precision_plugin(self) -> OffloadPrecision:
+        return OffloadPrecision.from_plugin(self._precision_plugin, self.strategy_name)
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is None:
+            self._precision_plugin = None  # the Trainer chooses only where the strategy has not
+            return
+        self._precision_plugin = OffloadPrecision.from_plugin(plugin, self.strategy_name)
+        self._precision_plugin.dtypes(self._method().name)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = OffloadCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = OffloadCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    # Setting up.
+
+    @override
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Parameters are made in host memory: the device may be too small for all of them."""
+        with _EmptyInit(enabled=bool(empty_init)), torch.device("cpu"), self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def setup_environment(self) -> None:
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` runs on CUDA GPUs and, for tests, on the CPU; found "
+                f"`{self.root_device.type}`. Pass `Trainer(accelerator='cuda')` or `Trainer(accelerator='cpu')`."
+            )
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin.use_device(self.root_device)
+        self._release()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            self._attach(trainer, self._method())
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self.setup_precision_plugin()
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) > 1:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` supports a single optimizer, but `configure_optimizers` returned "
+                f"{len(self.optimizers)}. Use one optimizer with several parameter groups."
+            )
+
+    @override
+    def model_to_device(self) -> None:
+        """Bring buffers and metrics to the device; the engine has brought each weight by itself."""
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def _method(self) -> Full:
+        return Full(self.settings)
+
+    def _attach(self, trainer: Trainer, method: Full) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if not self._claims_anything(method):
+            rank_zero_warn(
+                f"`{type(self).__name__}` found no trained parameter with at least "
+                f"min_numel={method.settings.min_numel:,} elements: nothing is offloaded and the optimizer runs as it "
+                "is. Set `min_numel=0` to offload everything."
+            )
+            return
+        machine = Machine.detect(self.root_device)
+        parameters = list(module.parameters())
+        accumulates = trainer.accumulate_grad_batches > 1
+        method.settings, reasons = method.resolve(parameters, machine, accumulates=accumulates)
+        for reason in reasons:
+            rank_zero_info(f"{self.strategy_name}: {reason}")
+        self.engine = Engine(
+            module,
+            self.optimizers[0],
+            method,
+            self._make_lanes(machine, method.settings),
+            self.precision_plugin.dtypes(method.name),
+            machine=machine,
+            expects_clip=bool(self._expected_clip(trainer, module)),
+        )
+        self._look_for_readers(trainer, module)
+
+    def _look_for_readers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before anything runs: the sanity check's hooks may write weights already."""
+        self._window = find_window(trainer, module)
+        if self._window.weights:
+            rank_zero_info(
+                f"{self.strategy_name}: {', '.join(self._window.weights)} may look at weights between steps, so every "
+                "step waits for its weights to be back on the device, and weights written there are taken over."
+            )
+        if self._window.gradients:
+            rank_zero_info(
+                f"{self.strategy_name}: {', '.join(self._window.gradients)} may look at gradients, so they stay on the "
+                "device until the step."
+            )
+
+    @staticmethod
+    def _expected_clip(trainer: Trainer, module: LightningModule) -> float | None:
+        offload = getattr(module, "offload", None)  # the mixins clip by a setting of their own
+        own: float | None = offload.get("gradient_clip_val") if isinstance(offload, Mapping) else None
+        return trainer.gradient_clip_val or own
+
+    def _claims_anything(self, method: Full) -> bool:
+        trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
+        return any(parameter.numel() >= method.settings.min_numel for parameter in trained)
+
+    def _make_lanes(self, machine: Machine, settings: FullSettings) -> Lanes:
+        memory = HostMemory(pin=settings.pin_memory, machine=machine)
+        if self.root_device.type == "cpu":
+            return InlineLanes(memory, self.root_device)
+        threads = settings.host_threads
+        return cuda_lanes(memory, self.root_device, threads if isinstance(threads, int) else None)
+
+    # Stepping.
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        module = self.lightning_module
+        if self.engine is None or module is None:
+            return
+        self.engine.load_gradients(self._pending)  # between restoring and here Lightning clears every `p.grad`
+        self._pending = {}
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.engine is None:
+            return super().training_step(*args, **kwargs)
+        if self._adopt_due:
+            self._adopt_due = False
+            self.engine.adopt()
+        # automatic: `optimizer_step` has said whether it is the last, and is running this as its closure;
+        # manual: nobody has said yet that gradients may leave before the step
+        self.begin_micro_batch(last=self.engine.stepping, visible=not self._is_automatic)
+        with self.engine.micro_batch():
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._torn = True  # an exception from here on leaves the gradients with a part of a micro-batch
+        loss = super().backward(*args, **kwargs)
+        self._torn = self.engine is not None and self.engine.stepping
+        return loss
+
+    @property
+    def _is_automatic(self) -> bool:
+        return self.lightning_module is not None and self.lightning_module.automatic_optimization
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        engine, module = self.engine, self.lightning_module
+        if engine is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert module is not None
+        if module.automatic_optimization:
+            self.begin_micro_batch(last=True)
+        result = closure()
+        self.precision_plugin._after_closure(module, optimizer)
+        engine.step(self.precision_plugin.take_clip())
+        self._torn = False
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
+        if self._window.weights or (self._window.epochs and self._ends_epoch(module.trainer)):
+            engine.flush()
+            self._adopt_due = True
+        return result
+
+    def begin_micro_batch(self, *, last: bool, visible: bool = False) -> None:
+        """Say, before a backward, whether the step follows it and whether gradients must stay where users see them."""
+        engine = self.engine
+        if engine is not None:
+            engine.gradients_visible = visible or bool(self._window.gradients)
+            engine.stepping = last
+            self.precision_plugin.records_clip = not engine.gradients_visible
+
+    @staticmethod
+    def _ends_epoch(trainer: Trainer) -> bool:
+        """Whether epoch hooks may follow this step; a Timer can end the epoch at any step."""
+        last = 0 <= trainer.max_steps <= trainer.global_step + 1
+        timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        return trainer.is_last_batch or trainer.should_stop or last or timed
+
+    # Boundaries: nothing in flight, and what others wrote is taken over.
+
+    @override
+    def on_validation_start(self) -> None:
+        self._flush()
+        super().on_validation_start()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._adopt_due = self._window.may_write
+        super().on_validation_end()
+
+    @override
+    def on_train_end(self) -> None:
+        self._flush()
+        super().on_train_end()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self.engine is not None:
+            self.engine.drop()
+        super().on_exception(exception)
+
+    @override
+    def teardown(self) -> None:
+        self._detach()
+        super().teardown()
+
+    def _flush(self) -> None:
+        if self.engine is not None:
+            self.engine.flush()
+
+    def _detach(self) -> None:
+        """The engine's state stays readable: a checkpoint may be saved after fit."""
+        if self.engine is not None:
+            if self._window.may_write and not self.engine.closed:
+                self.engine.adopt()
+            self.engine.detach()
+        self._adopt_due = False
+        self._pending = {}
+        self._window = Window()
+
+    def _release(self) -> None:
+        self._detach()
+        self._torn = False
+        self.engine = None
+
+    # State.
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """CPU tensors under the module's own names; offloaded weights share the arenas' memory."""
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        if self.engine is None or self.engine.closed or self._window.may_write:
+            return {name: _cpu(value) for name, value in state.items()}  # what is in the module, whoever wrote it
+        on_host = {t.parameter.data_ptr(): w for t, w in self.engine.weights()}
+        return {name: _on_host(value, on_host) for name, value in state.items()}
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if strict and not is_overridden("load_state_dict", module, LightningModule):
+            check_weights(module.state_dict(), checkpoint["state_dict"], source="The checkpoint")
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """In torch's own layout, so that a plain Trainer resumes from it; the rest is under our key."""
+        if self.engine is None:
+            return super().optimizer_state(optimizer)
+        extras = self.engine.extras()
+        if self._torn:  # the whole micro-batch will be done again
+            extras[GRADIENTS] = {}
+        return self.engine.optimizer_state() | {EXTRAS: extras}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.engine is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        (state,) = checkpoint["optimizer_states"]
+        self.engine.load_optimizer_state(state)
+        if EXTRAS in state:
+            self.engine.load_extras(state[EXTRAS])
+            self._pending = state[EXTRAS][GRADIENTS]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads, streams and page-locked memory stay behind."""
+        return super().__getstate__() | {"engine": None}
+
+
+def _cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _on_host(value: Any, on_host: Mapping[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    held = on_host.get(value.data_ptr())
+    return held if held is not None and held.shape == value.shape and held.dtype == value.dtype else value.cpu()
