@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.strategy import Strategy
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_offload.checkpoint import OffloadCheckpointIO, check_weights
+from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
+from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.cuda import cuda_lanes
@@ -106,8 +108,9 @@ class OffloadBehaviour(Strategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         self.precision_plugin.use_device(self.root_device)
-        self._release()
-        if trainer.state.fn == TrainerFn.FITTING:
+        self._detach()
+        if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
+            self.engine, self._torn = None, False
             self.setup_optimizers(trainer)
             self._attach(trainer, self._method())
         self.model = self.precision_plugin.convert_module(self.model)
@@ -144,7 +147,7 @@ class OffloadBehaviour(Strategy):
             return
         machine = Machine.detect(self.root_device)
         parameters = list(module.parameters())
-        accumulates = trainer.accumulate_grad_batches > 1
+        accumulates = self._accumulates(trainer, module)
         method.settings, reasons = method.resolve(parameters, machine, accumulates=accumulates)
         for reason in reasons:
             rank_zero_info(f"{self.strategy_name}: {reason}")
@@ -175,18 +178,24 @@ class OffloadBehaviour(Strategy):
 
     @staticmethod
     def _expected_clip(trainer: Trainer, module: LightningModule) -> float | None:
-        offload = getattr(module, "offload", None)  # the mixins clip by a setting of their own
-        own: float | None = offload.get("gradient_clip_val") if isinstance(offload, Mapping) else None
+        own: float | None = _mixin_settings(module).get("gradient_clip_val")
         return trainer.gradient_clip_val or own
+
+    @staticmethod
+    def _accumulates(trainer: Trainer, module: LightningModule) -> bool:
+        """Whether any step of the fit may have more than one micro-batch."""
+        own: int = _mixin_settings(module).get("accumulate_grad_batches", 1)
+        scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        return trainer.accumulate_grad_batches > 1 or own > 1 or scheduled
 
     def _claims_anything(self, method: Full) -> bool:
         trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
         return any(parameter.numel() >= method.settings.min_numel for parameter in trained)
 
     def _make_lanes(self, machine: Machine, settings: FullSettings) -> Lanes:
-        memory = HostMemory(pin=settings.pin_memory, machine=machine)
         if self.root_device.type == "cpu":
-            return InlineLanes(memory, self.root_device)
+            return InlineLanes(HostMemory(pin=False), self.root_device)
+        memory = HostMemory(pin=settings.pin_memory, machine=machine)
         threads = settings.host_threads
         return cuda_lanes(memory, self.root_device, threads if isinstance(threads, int) else None)
 
@@ -198,6 +207,7 @@ class OffloadBehaviour(Strategy):
         module = self.lightning_module
         if self.engine is None or module is None:
             return
+        self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
         self.engine.load_gradients(self._pending)  # between restoring and here Lightning clears every `p.grad`
         self._pending = {}
 
@@ -306,11 +316,6 @@ class OffloadBehaviour(Strategy):
         self._pending = {}
         self._window = Window()
 
-    def _release(self) -> None:
-        self._detach()
-        self._torn = False
-        self.engine = None
-
     # State.
 
     @override
@@ -327,7 +332,7 @@ class OffloadBehaviour(Strategy):
         module = self.lightning_module
         assert module is not None
         if strict and not is_overridden("load_state_dict", module, LightningModule):
-            check_weights(module.state_dict(), checkpoint["state_dict"], source="The checkpoint")
+            compare_weights(module.state_dict(), checkpoint["state_dict"], source="The checkpoint")
         super().load_model_state_dict(checkpoint, strict=strict)
 
     @override
@@ -345,7 +350,10 @@ class OffloadBehaviour(Strategy):
         if self.engine is None:
             super().load_optimizer_state_dict(checkpoint)
             return
-        (state,) = checkpoint["optimizer_states"]
+        states = checkpoint["optimizer_states"]
+        if len(states) != 1:
+            raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
+        state = states[0]
         self.engine.load_optimizer_state(state)
         if EXTRAS in state:
             self.engine.load_extras(state[EXTRAS])
@@ -354,6 +362,12 @@ class OffloadBehaviour(Strategy):
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""
         return super().__getstate__() | {"engine": None}
+
+
+def _mixin_settings(module: LightningModule) -> Mapping[str, Any]:
+    """Clipping and accumulation by the module's own hand (``OffloadMixin.offload``)."""
+    offload = getattr(module, "offload", None)
+    return offload if isinstance(offload, Mapping) else {}
 
 
 def _cpu(value: Any) -> Any:

@@ -66,7 +66,7 @@ def host_phase(numel: int = 100_000_000, rounds: int = 9) -> str:
     bound = BYTES_FUSED / 8 * times["in-place sweep (8 B)"] * total / numel
     fused = times["torch AdamW fused, fp32"]
     rows = [
-        f"| host phase, {total / 1e6:.0f} M parameters | ms | / torch fused | % of the 28 B bound |",
+        f"| host phase, {total / 1e6:.0f} M parameters | ms | / torch fused | % of 28 B at that rate |",
         "|---|--:|--:|--:|",
     ]
     rows += [
@@ -139,7 +139,7 @@ def _causal(length: int) -> Tensor:
 def _shapes(numel: int) -> list[torch.Size]:
     """Weights of a decoder: square and 4-to-1 matrices."""
     width = 1024
-    blocks = max(numel // (12 * width * width), 1)
+    blocks = max(round(numel / (12 * width * width)), 1)
     block = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
     return [torch.Size(shape) for _ in range(blocks) for shape in block]
 

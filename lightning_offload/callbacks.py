@@ -22,9 +22,10 @@ GIB = 1024**3
 class OffloadStats(Callback):
     """Throughput, memory and what the step did: in the progress bar, and in any Lightning logger as ``offload/...``.
 
-    Bar columns: ``tok/s`` (``samples/s`` where batches have no ``input_ids``), ``device GiB`` and ``host GiB`` in
-    use. Logged besides: GB/s down and up over the wall time, gradient norm, clip coefficient, skipped steps. On a GPU
-    the last three belong to the newest step the host has finished, which may be the one before.
+    Bar columns: ``tok/s`` (``samples/s`` where batches have no ``input_ids``), ``device GiB`` (peak), ``host GiB``, and
+    on a GPU the link's ``d2h GB/s`` and ``h2d GB/s`` over the wall time. Logged besides: the same rates, gradient norm,
+    clip coefficient, skipped steps. On a GPU the last three belong to the newest step the host has finished, which
+    may be the one before.
 
     Args:
         every_n_steps: Optimizer steps between two rows.
@@ -53,10 +54,12 @@ class OffloadStats(Callback):
         self._step = step
         engine, elapsed = _engine(trainer), max(perf_counter() - self._since, 1e-9)
         bar = {f"{unit}/s": self._counted / elapsed} | memory_gib(engine, pl_module.device)
+        if engine is not None and pl_module.device.type == "cuda":
+            bar |= self._rates(engine, elapsed)
         pl_module.log_dict({key: float(value) for key, value in bar.items()}, prog_bar=True, logger=False)
         row = {f"offload/{key.replace(' ', '_')}": value for key, value in bar.items()}
         if engine is not None:
-            row |= self._rates(engine, elapsed)
+            row |= {f"offload/{lane[:3]}_gb_per_s": rate for lane, rate in self._rates(engine, elapsed).items()}
             row |= {
                 "offload/grad_norm": engine.report.grad_norm,
                 "offload/clip_coefficient": engine.report.clip_coefficient,
@@ -69,7 +72,7 @@ class OffloadStats(Callback):
     def _rates(self, engine: Engine, elapsed: float) -> dict[str, float]:
         now, before = engine.lanes.ledger.snapshot(), self._before
         moved = {lane: now.get(lane, Total()).bytes - before.get(lane, Total()).bytes for lane in ("d2h", "h2d")}
-        return {f"offload/{lane}_gb_per_s": nbytes / elapsed / 1e9 for lane, nbytes in moved.items()}
+        return {f"{lane} GB/s": nbytes / elapsed / 1e9 for lane, nbytes in moved.items()}
 
     def _restart(self, engine: Engine | None) -> None:
         self._counted = 0
@@ -111,7 +114,7 @@ def summary(engine: Engine) -> str:
 
 
 def memory_gib(engine: Engine | None, device: torch.device) -> dict[str, float]:
-    """Device and host memory in use by torch on the device and by the arenas on the host."""
+    """Most device memory that torch has held so far, and the host memory of the arenas."""
     used = {}
     if device.type == "cuda":
         used["device GiB"] = torch.cuda.max_memory_allocated(device) / GIB

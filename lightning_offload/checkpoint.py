@@ -63,6 +63,10 @@ class OffloadCheckpointIO(TorchCheckpointIO):
             CheckpointError: It is no checkpoint, or not a whole one; names the file.
         """
         try:
+            if not _is_remote(path) and zipfile.is_zipfile(path):
+                # mapped, not read: a resume must not need the checkpoint's size in memory beside what it fills
+                content: dict[str, Any] = torch.load(path, map_location, weights_only=weights_only, mmap=True)
+                return content
             return super().load_checkpoint(path, map_location, weights_only)
         except Exception as error:
             if isinstance(error, (FileNotFoundError, PermissionError)) or _is_remote(path) or zipfile.is_zipfile(path):
@@ -73,23 +77,26 @@ class OffloadCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def check_weights(expected: Mapping[str, Any], found: Mapping[str, Any], *, source: str) -> None:
-    """Compare names and shapes of two state dicts.
+def compare_weights(own: Mapping[str, Any], stored: Mapping[str, Any], *, source: str) -> None:
+    """Compare names and shapes of a model's and a checkpoint's weights.
 
     Raises:
         CheckpointError: They differ; names the first tensor that does, in the model's order.
     """
-    for name, tensor in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{source} is of another model: it has no `{name}`, which the model has.")
-        shapes = [tuple(t.shape) for t in (tensor, found[name]) if isinstance(t, Tensor)]
-        if len(shapes) == 2 and shapes[0] != shapes[1]:
+    for name in [*own, *(name for name in stored if name not in own)]:
+        shapes = [_shape(tensors, name) for tensors in (stored, own)]
+        if shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"{source} is of another model: `{name}` has shape {shapes[1]} there and {shapes[0]} in the model."
+                f"{source} belongs to another model; first differing tensor: `{name}` is {shapes[0]} in the checkpoint "
+                f"and {shapes[1]} in the model"
             )
-    for name in found:
-        if name not in expected:
-            raise CheckpointError(f"{source} is of another model: it has `{name}`, which the model has not.")
+
+
+def _shape(tensors: Mapping[str, Any], name: str) -> str:
+    if name not in tensors:
+        return "absent"
+    value = tensors[name]
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
 
 
 def _sync(path: Path) -> None:

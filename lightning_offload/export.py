@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_offload.checkpoint import compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
 
 _GIB = 1024**3
@@ -99,24 +100,14 @@ def check_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> dict
     Raises:
         CheckpointError: As for `read_weights`, or the first tensor in which checkpoint and model differ.
     """
-    stored, own = read_weights(checkpoint), module.state_dict()
-    for name in [*own, *(name for name in stored if name not in own)]:
-        if name in stored and name in own and stored[name].shape == own[name].shape:
-            continue
-        raise CheckpointError(
-            f"{os.fspath(checkpoint)!r} belongs to another model; first differing tensor: {name!r} is "
-            f"{_shape(stored, name)} in the checkpoint and {_shape(own, name)} in the model"
-        )
+    stored = read_weights(checkpoint)
+    compare_weights(module.state_dict(), stored, source=repr(os.fspath(checkpoint)))
     return stored
 
 
 def load_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Copy the weights of a Lightning checkpoint into a fresh module of the same shape (see `check_weights`)."""
     module.load_state_dict(check_weights(module, checkpoint))
-
-
-def _shape(tensors: dict[str, Tensor], name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "absent"
 
 
 def _network_of(module: nn.Module) -> Any:

@@ -109,7 +109,7 @@ class FullOffloadStrategy(OneDevice):
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
         host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
         skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
-        max_skips: More skipped steps than this in a row are an error.
+        max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
         accelerator: As for every Lightning strategy.
         checkpoint_io: As for every Lightning strategy; the default streams to disk.

@@ -13,20 +13,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-WEIGHT_HOOKS = ("on_train_batch_end", "on_train_batch_start")
-TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-EPOCH_HOOKS = ("on_train_epoch_end", "on_train_epoch_start")
-VALIDATION_HOOKS = (
+WEIGHT_HOOKS = (
+    "on_train_batch_end",
+    "on_train_batch_start",
+    "on_validation_model_eval",  # these two run before the strategy hears of the validation
     "on_validation_start",
+)
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+EPOCH_HOOKS = ("on_train_epoch_end", "on_train_epoch_start", "on_train_end")
+VALIDATION_HOOKS = (
     "on_validation_epoch_start",
     "on_validation_batch_start",
     "on_validation_batch_end",
     "on_validation_epoch_end",
     "on_validation_end",
 )
-END_HOOKS = ("on_train_end", "on_fit_end")
+END_HOOKS = ("on_fit_end",)
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
-STEP_HOOKS = ("configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "on_before_zero_grad")
+STEP_HOOKS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "on_before_zero_grad")
 
 _READS_NO_WEIGHTS = {
     "BatchSizeFinder",
@@ -51,7 +55,7 @@ class Window:
 
     Attributes:
         weights: Hooks that run while weights may be in flight, every step.
-        epochs: The same at the end or start of an epoch.
+        epochs: The same at the end or start of an epoch, and of training.
         boundaries: Hooks that run where nothing is in flight, but that may write weights all the same.
         gradients: Hooks between backward and step, which may read or write gradients.
     """
@@ -75,7 +79,7 @@ def find_window(trainer: Trainer, module: LightningModule) -> Window:
     boundaries = [*_overridden(module, LightningModule, (*VALIDATION_HOOKS, *END_HOOKS))]
     gradients = [*_overridden(module, LightningModule, (*GRADIENT_HOOKS, *STEP_HOOKS))]
     for callback in callbacks:
-        weights += _overridden(callback, Callback, WEIGHT_HOOKS)
+        weights += _overridden(callback, Callback, [hook for hook in WEIGHT_HOOKS if hasattr(Callback, hook)])
         epochs += _overridden(callback, Callback, EPOCH_HOOKS)
         boundaries += _overridden(callback, Callback, (*VALIDATION_HOOKS, *END_HOOKS))
         gradients += _overridden(callback, Callback, (*GRADIENT_HOOKS, "on_before_zero_grad"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # before any fixture: the bits of a forward depend on it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_offload import FullOffloadStrategy, OffloadMixin
-from tests.helpers import VOCAB, Net, adamw
+from lightning_offload.memory.lanes import Lanes
+from tests.helpers import VOCAB, Net, adamw, lanes_of
 
 
 class Lit(L.LightningModule):
@@ -72,6 +73,18 @@ class Manual(OffloadMixin, Lit):
 def offload(**settings: Any) -> FullOffloadStrategy:
     """Every parameter offloaded, however small."""
     return FullOffloadStrategy(**{"min_numel": 0, **settings})
+
+
+class ShuffledStrategy(FullOffloadStrategy):
+    """In flight for as long as the dependencies allow, in random order; NaN where a copy has not landed."""
+
+    def _make_lanes(self, machine: Any, settings: Any) -> Lanes:
+        return lanes_of("shuffled", seed=5)
+
+
+def shuffled(**settings: Any) -> FullOffloadStrategy:
+    """Every parameter offloaded, nothing on time unless it is waited for."""
+    return ShuffledStrategy(**{"min_numel": 0, **settings})
 
 
 def trainer(strategy: Any = "auto", *, callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:

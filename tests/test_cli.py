@@ -166,7 +166,7 @@ def test_a_named_run_is_never_overwritten_and_feeds_evaluate_and_export(run, ref
 
     checkpoint = runs.newest_checkpoint(Path("runs/mine"))
     line = refused("train", *given, f"model.path={inputs / 'wide'}", "method=none", f"ckpt_path='{checkpoint}'")
-    assert "first differing tensor: 'network.model.layers.0.mlp.gate_proj.weight'" in line
+    assert "first differing tensor: `network.model.layers.0.mlp.gate_proj.weight`" in line
     Path("cut.ckpt").write_bytes(checkpoint.read_bytes()[:5000])
     assert "cut.ckpt" in refused("train", *given, "method=none", "ckpt_path=cut.ckpt")
     assert "in no run's folder" in refused("export", "ckpt_path=cut.ckpt")

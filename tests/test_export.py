@@ -169,7 +169,7 @@ def test_a_truncated_checkpoint_is_named(checkpoint: Path, share: float) -> None
 def test_another_models_checkpoint_names_the_first_differing_tensor(checkpoint: Path) -> None:
     wider = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "intermediate_size": 48}))
     with pytest.raises(
-        CheckpointError, match=r"a\.ckpt.*'model.layers.0.mlp.gate_proj.weight' is \(32, 16\).*\(48, 16\)"
+        CheckpointError, match=r"a\.ckpt.*`model.layers.0.mlp.gate_proj.weight` is \(32, 16\).*\(48, 16\)"
     ):
         check_weights(wider, checkpoint)
     deeper = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 3}))

@@ -45,7 +45,7 @@ RULES = {
     "mixins": May("behaviour", "torch lightning"),
     "callbacks": May("behaviour memory methods", "torch lightning typing_extensions"),
     "__init__": May("registry strategies precision mixins callbacks", "", ".export"),
-    "export": May("errors memory methods", "torch", "transformers safetensors"),
+    "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "benchmarks": May("errors numerics memory methods strategies", "torch lightning"),
     "training_benchmark": May("benchmarks memory strategies text", "torch lightning", "yaml"),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets"),

@@ -8,14 +8,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_offload import OffloadPrecision
 from tests.helpers import adamw, pairwise, row_id, two_groups
-from tests.lit import Lit, Manual, assert_equal_modules, fit, offload
+from tests.lit import Lit, Manual, assert_equal_modules, fit, offload, shuffled
 
 OPTIMIZERS = {"adamw": adamw, "groups": two_groups}
 CLIPS: dict[str, dict[str, Any]] = {
@@ -127,6 +134,21 @@ class OwnOptimizerStep(Lit):
         optimizer.step(closure=optimizer_closure)
 
 
+class OwnBackward(Lit):
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        for p in self.parameters():
+            p.grad.mul_(0.5)
+
+
+class TensorLearningRate(Lit):
+    """Torch's schedulers write into the tensor: a step that runs later must not see the next value."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = adamw(self, lr=torch.tensor(3e-2))
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+
 class SkipsSomeSteps(Lit):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         return None if batch_idx == 3 else super().training_step(batch, batch_idx)
@@ -149,13 +171,17 @@ class UserManual(Lit):
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", [CustomClipping, ReadsGradients, OwnOptimizerStep, SkipsSomeSteps, UserManual])
+@pytest.mark.parametrize(
+    "kind",
+    [CustomClipping, ReadsGradients, OwnOptimizerStep, OwnBackward, TensorLearningRate, SkipsSomeSteps, UserManual],
+)
 @pytest.mark.parametrize("accumulate", ["device", "host"])
-def test_overridden_hooks_behave_as_under_plain_lightning(kind: type[Lit], accumulate: str) -> None:
+@pytest.mark.parametrize("make", [offload, shuffled])
+def test_overridden_hooks_behave_as_under_plain_lightning(kind: type[Lit], accumulate: str, make: Any) -> None:
     plain, ours = kind(dropout=0.1), kind(dropout=0.1)
     window = {} if kind is UserManual else {"accumulate_grad_batches": 2}
     fit(plain, **window)
-    fit(ours, offload(accumulate=accumulate), **window)
+    fit(ours, make(accumulate=accumulate), **window)
     assert_equal_modules(plain, ours)
 
 
@@ -185,6 +211,20 @@ class SwapsForValidation(L.Callback):
         pl_module.net.head.weight.data.copy_(self.kept * 0.9)
 
 
+class LooksEarly(L.Callback):
+    """In hooks that run before the strategy hears of the validation, or of the end."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.losses.append(float(pl_module.net.head.weight.double().sum()))
+        with torch.no_grad():
+            pl_module.net.head.weight[1] *= 0.5
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.losses.append(float(pl_module.net.embed.weight.double().sum()))
+        with torch.no_grad():
+            pl_module.net.embed.weight[1] *= 0.5
+
+
 class LoadsWeights(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         state = pl_module.state_dict()
@@ -202,19 +242,21 @@ class Ema(WeightAveraging):
         ReadsWeights,
         WritesWeights,
         SwapsForValidation,
+        LooksEarly,
         LoadsWeights,
         Ema,
         lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
         lambda: GradientAccumulationScheduler({0: 3, 1: 2}),
     ],
-    ids=["reads", "writes", "swaps", "loads", "ema", "swa", "accumulation"],
+    ids=["reads", "writes", "swaps", "early", "loads", "ema", "swa", "accumulation"],
 )
 @pytest.mark.parametrize("min_numel", [0, 60])
-def test_callbacks_behave_as_under_plain_lightning(make: Any, min_numel: int) -> None:
+@pytest.mark.parametrize("kind", [offload, shuffled])
+def test_callbacks_behave_as_under_plain_lightning(make: Any, min_numel: int, kind: Any) -> None:
     plain, ours = Lit(dropout=0.1), Lit(dropout=0.1)
     run = {"max_epochs": 3, "limit_val_batches": 2, "val_check_interval": 4}
     fit(plain, callbacks=[make()], **run)
-    fit(ours, offload(min_numel=min_numel), callbacks=[make()], **run)
+    fit(ours, kind(min_numel=min_numel), callbacks=[make()], **run)
     assert_equal_modules(plain, ours)
 
 
@@ -228,6 +270,75 @@ def test_writers_are_followed_under_bf16(make: Any) -> None:
     for name, p in ours.named_parameters():
         assert torch.equal(masters[name].to(torch.bfloat16), p), name
     assert any(not torch.equal(master, master.to(torch.bfloat16).float()) for master in masters.values())
+
+
+class TunedLit(Lit):
+    """For the tuner's callbacks: attributes of the names they look for."""
+
+    lr, batch_size = 3e-2, 2
+
+    def configure_optimizers(self) -> Any:
+        return adamw(self, lr=self.lr)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(super().train_dataloader().dataset, batch_size=self.batch_size)
+
+
+class OutOfMemoryLit(TunedLit):
+    """Runs out of memory above four samples, in the middle of backward."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if len(batch) > 4:
+            handle = self.net.blocks[1].up.weight.register_hook(lambda _: (handle.remove(), _run_out()))
+        return loss
+
+
+def _run_out() -> None:
+    raise RuntimeError("CUDA out of memory. Tried to allocate more than there is")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("make", [offload, shuffled])
+def test_learning_rate_finder(make: Any, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rates, modules = [], []
+    for strategy in ("auto", make()):
+        modules.append(TunedLit(samples=60))
+        finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+        fit(modules[-1], strategy, precision=precision, callbacks=[finder], max_epochs=1)
+        rates.append(modules[-1].lr)
+        assert finder.optimal_lr is not None
+    if precision == "32-true":  # plain bf16 keeps no masters, so its curve is another
+        assert rates[0] == rates[1]
+        assert_equal_modules(*modules)
+
+
+@pytest.mark.parametrize("accumulate", ["device", "host"])
+def test_batch_size_finder_leaves_no_gradient_behind(
+    accumulate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    modules = []
+    for strategy in ("auto", offload(accumulate=accumulate)):
+        modules.append(OutOfMemoryLit(samples=24))
+        finder = BatchSizeFinder(init_val=2, steps_per_trial=1, max_trials=3)
+        fit(modules[-1], strategy, callbacks=[finder], max_epochs=1)
+        assert modules[-1].batch_size == 4
+    for name, p in modules[0].named_parameters():
+        assert torch.equal(p, dict(modules[1].named_parameters())[name]), name
+
+
+def test_compiled_blocks_train_to_the_same_bits() -> None:
+    modules = []
+    for strategy, compile_one in (("auto", False), (shuffled(), True)):
+        module = Lit(depth=2)
+        if compile_one:
+            module.net.blocks[0] = torch.compile(module.net.blocks[0], backend="eager")
+            module.net.blocks[1].compile(backend="eager")
+        fit(module, strategy, max_epochs=1)
+        modules.append(module)
+    assert modules[0].losses == modules[1].losses
 
 
 def test_learning_rate_monitor_and_logger_see_the_schedule(tmp_path: Any) -> None:

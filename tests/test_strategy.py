@@ -208,6 +208,64 @@ def test_optimizers_that_cannot_be_offloaded_are_named(make: Any, message: str) 
         fit(Lit(make_optimizer=make), offload())
 
 
+def test_hooks_on_the_optimizer_step_are_refused() -> None:
+    def hooked(module: nn.Module) -> torch.optim.Optimizer:
+        optimizer = adamw(module)
+        optimizer.register_step_post_hook(lambda *_: None)
+        return optimizer
+
+    with pytest.raises(ValueError, match=r"register_step_post_hook.*would never run"):
+        fit(Lit(make_optimizer=hooked), offload())
+
+
+def test_auto_accumulation_looks_at_what_there_is() -> None:
+    from dataclasses import replace
+
+    from lightning_offload.memory.budget import Machine
+    from lightning_offload.methods.full import Full
+
+    parameters = [nn.Parameter(torch.empty(1000))]
+    gpu = replace(Machine.detect(), device_type="cuda", device_free_bytes=4000 + 4 * 4000)
+    for machine, accumulates, where in (
+        (gpu, True, "device"),
+        (replace(gpu, device_free_bytes=4000 + 4 * 4000 - 4), True, "host"),
+        (replace(gpu, device_free_bytes=0), False, "device"),
+        (Machine.detect(), True, "device"),
+    ):
+        settings, reasons = Full(FullSettings()).resolve(parameters, machine, accumulates=accumulates)
+        assert settings.accumulate == where
+        assert any("accumulate" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("kind", ["mixin", "scheduler", "trainer", "none"])
+def test_every_way_to_accumulate_is_seen(kind: str) -> None:
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    module = Manual() if kind == "mixin" else Lit()
+    if isinstance(module, Manual):
+        module.offload = {"accumulate_grad_batches": 2}
+    callbacks = [GradientAccumulationScheduler({0: 2})] if kind == "scheduler" else []
+    made = trainer(offload(), callbacks=callbacks, accumulate_grad_batches=2 if kind == "trainer" else 1)
+    assert FullOffloadStrategy._accumulates(made, module) is (kind != "none")
+
+
+def test_the_cpu_as_device_locks_no_memory() -> None:
+    with mock.patch("lightning_offload.memory.arena._Pins", side_effect=AssertionError("page-locked")):
+        fit(Lit(), offload(pin_memory=True), max_epochs=1)
+
+
+def test_the_last_fits_state_survives_an_evaluation() -> None:
+    strategies: tuple[Any, Any] = ("auto", offload())
+    states = []
+    for strategy in strategies:
+        module = Lit()
+        made = fit(module, strategy)
+        made.validate(module, verbose=False)
+        states.append(made.strategy.optimizer_state(made.optimizers[0])["state"])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[0])
+
+
 def test_where_nothing_is_offloaded_any_optimizer_passes() -> None:
     def adagrad(module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adagrad(module.parameters())

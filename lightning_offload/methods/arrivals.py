@@ -32,7 +32,9 @@ class Arrivals:
         self._lanes = lanes
         self._early: set[int] = set()
         self._entered: list[int] = []  # units in the order of their first hook
-        self._learned = any(hasattr(module, "_orig_mod") for unit in units for module in unit.module.modules())
+        # compiled code may take hooks and weights apart as it likes, and a function mode would break it
+        self._compiled = any(_is_compiled(module) for unit in units for module in unit.module.modules())
+        self._learned = False
 
     def install(self) -> Iterator[Callable[[], None]]:
         """Hang the hooks on; yields how to take each off."""
@@ -46,7 +48,9 @@ class Arrivals:
         """Around one forward of training."""
         for index in self._early:
             self.flights[index].land(self._lanes)
-        if self._learned:  # or compiled, which a function mode would break
+        if self._compiled:
+            self.publish()
+        if self._learned or self._compiled:
             yield
             return
         self._entered.clear()
@@ -68,6 +72,10 @@ class Arrivals:
         """Nothing is in flight any more."""
         for flight in self.flights:
             flight.waited = True
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _landing(flight: Flight, lanes: Lanes, entered: list[int], index: int) -> Callable[..., None]:

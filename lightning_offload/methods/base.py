@@ -25,7 +25,7 @@ class CommonSettings:
         host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
         skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite; ``False`` is exact
             parity with plain AdamW on NaN.
-        max_skips: So many skipped steps in a row are an error.
+        max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: What to do when the host arenas cannot fit: ``"error"`` or ``"warn"``.
     """
 

@@ -169,9 +169,11 @@ class Engine:
 
     def detach(self) -> None:
         """Remove everything the engine hung on the module and the optimizer; weights keep their latest values."""
-        self.close()
-        while self._undo:
-            self._undo.pop()()
+        try:
+            self.close()
+        finally:
+            while self._undo:
+                self._undo.pop()()
 
     def close(self) -> None:
         """Land what is in flight, stop workers, free device buffers; state stays readable. Idempotent."""
@@ -179,6 +181,7 @@ class Engine:
             self.flush()
         finally:
             self.lanes.close()
+            self.host.free_rings()
             self.closed = True
 
     # State, by parameter name.
@@ -282,8 +285,11 @@ class Engine:
         )
 
     def _require_host(self, machine: Machine, offloaded: Sequence[Trained]) -> None:
+        moving = 0
+        if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made
+            moving = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.device.type == "cpu")
         machine.require_host(
-            self.host_bytes(offloaded),
+            max(self.host_bytes(offloaded) - moving, 0),
             what=f"method `{self.method.name}` on {sum(t.parameter.numel() for t in offloaded):,} parameters",
             on_misfit=self.method.settings.on_misfit,
         )

@@ -127,6 +127,10 @@ class HostOptimizer:
         """Device bytes of the rings in which gradients leave."""
         return sum(ring.nbytes for ring in self._rings.values())
 
+    def free_rings(self) -> None:
+        """Give the rings back to the device; nothing is in flight, and nothing will be sent any more."""
+        self._rings = {}
+
     def drop(self) -> None:
         """See ``Part.drop``."""
         self._forget()

@@ -132,7 +132,8 @@ class ResidentOptimizer:
     def _step(self, seats: Sequence[_Seat], group: Mapping[str, Any], verdict: Verdict) -> None:
         grads = [seat.trained.gradient() for seat in seats]
         if verdict.on_device is not None and verdict.clips_norm:
-            torch._foreach_mul_(grads, verdict.on_device[1])
+            for grad in grads:  # in fp32, then rounded, as on the host: some kernels round the coefficient first
+                grad.copy_(grad.float() * verdict.on_device[1])
         if verdict.clamp is not None:
             torch._foreach_clamp_min_(grads, -verdict.clamp)
             torch._foreach_clamp_max_(grads, verdict.clamp)

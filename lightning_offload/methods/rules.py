@@ -22,7 +22,7 @@ class Rule:
         name: The torch class it stands for.
         states: Names of the state tensors shaped like the weight, as torch's optimizer calls them.
         has_step: Whether torch's state holds a step count.
-        step_: ``(params, grads, states, steps, group)`` in place; ``group["found_inf"]`` may hold a device flag.
+        step_: ``(params, grads, states, steps, group, found_inf=None)`` in place.
     """
 
     name: str
@@ -38,6 +38,17 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
         ValueError: A class or an option that cannot be offloaded, with the list of what can.
     """
     kind = type(optimizer)
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            "Hooks on the optimizer's step (`register_step_pre_hook`, `register_step_post_hook`) would never run: "
+            "`optimizer.step` is not called. Use Lightning's `on_before_optimizer_step` or `on_train_batch_end`."
+        )
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+            raise ValueError(
+                f"The learning rate is a tensor on `{group['lr'].device}`: reading it would wait for the "
+                "device in every step. Use a number, or a tensor on the CPU."
+            )
     for flag in ("amsgrad", "maximize", "differentiable"):
         if kind in _SUPPORTED and any(group.get(flag) for group in optimizer.param_groups):
             raise ValueError(f"`{kind.__name__}({flag}=True)` cannot be offloaded; remove `{flag}`")
@@ -117,7 +128,14 @@ def _sgd_step(
 
 def frozen_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The groups' hyper-parameters as they are now: host work takes them when it is issued, not when it runs."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return [
+        {key: _frozen(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+
+
+def _frozen(value: Any) -> Any:
+    """Schedulers write into a learning rate that is a tensor."""
+    return float(value) if isinstance(value, Tensor) else value
 
 
 _READ = ("lr", "betas", "eps", "weight_decay", "momentum", "nesterov")

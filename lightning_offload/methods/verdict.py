@@ -1,7 +1,8 @@
 """What one step is decided by: all gradients' norms, the clip coefficient, and whether they are finite.
 
-The main thread waits for none of it. With gradients on the device the numbers are computed there and copied down;
-with gradients that accumulate on the host they are computed there and copied up for the small parameters.
+With gradients on the device the numbers are computed there and copied down, and the main thread waits for none of it.
+With gradients that accumulate on the host they are computed there and copied up for the small parameters, which wait
+for them, as the first layer of the next forward would.
 """
 
 from __future__ import annotations
