@@ -173,10 +173,10 @@ def test_another_models_checkpoint_names_the_first_differing_tensor(checkpoint: 
     ):
         check_weights(wider, checkpoint)
     deeper = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 3}))
-    with pytest.raises(CheckpointError, match=r"'model.layers.2.*is absent in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"`model.layers.2.*is absent in the checkpoint"):
         check_weights(deeper, checkpoint)
     shallower = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "num_hidden_layers": 1}))
-    with pytest.raises(CheckpointError, match=r"'model.layers.1.*absent in the model"):
+    with pytest.raises(CheckpointError, match=r"`model.layers.1.*absent in the model"):
         check_weights(shallower, checkpoint)
 
 
