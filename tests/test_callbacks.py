@@ -1,0 +1,101 @@
+"""What a user is shown: the bar's columns, the logger's rows, the table of what lives where."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from lightning_offload import OffloadStats, OffloadSummary
+from lightning_offload.callbacks import summary
+from tests.helpers import Net
+from tests.lit import Lit, fit, offload
+
+
+class SeesTheBar(L.Callback):
+    """What a progress bar would show."""
+
+    shown: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.shown = dict(trainer.progress_bar_metrics)
+
+
+def rows(logger: CSVLogger) -> list[dict[str, str]]:
+    with (Path(logger.log_dir) / "metrics.csv").open() as lines:
+        return [row for row in csv.DictReader(lines) if row.get("offload/grad_norm")]
+
+
+def test_stats_reach_the_bar_and_the_logger(tmp_path: Path) -> None:
+    logger, bar, strategy = CSVLogger(tmp_path), SeesTheBar(), offload()
+    fit(Lit(), strategy, logger=logger, callbacks=[OffloadStats(every_n_steps=3), bar], gradient_clip_val=0.05)
+    assert {"samples/s", "host GiB"} <= bar.shown.keys()
+    assert bar.shown["samples/s"] > 0
+    found = rows(logger)
+    assert [int(row["step"]) for row in found] == [3, 6, 9, 12, 15, 18]
+    assert strategy.engine is not None
+    last = found[-1]
+    assert float(last["offload/grad_norm"]) == pytest.approx(strategy.engine.report.grad_norm)
+    assert float(last["offload/clip_coefficient"]) == pytest.approx(strategy.engine.report.clip_coefficient)
+    assert 0 < float(last["offload/clip_coefficient"]) < 1
+    assert float(last["offload/skipped_steps"]) == 0
+    assert float(last["offload/d2h_gb_per_s"]) > 0
+    assert float(last["offload/h2d_gb_per_s"]) > 0
+
+
+def test_stats_count_tokens_where_there_are_some(tmp_path: Path) -> None:
+    class Tokens(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch["input_ids"], batch_idx)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader([{"input_ids": tokens} for tokens in super().train_dataloader()], batch_size=None)
+
+    bar = SeesTheBar()
+    stats = OffloadStats(every_n_steps=1)
+    fit(Tokens(), offload(), callbacks=[stats, bar], max_steps=4)
+    assert bar.shown["tok/s"] > 0
+
+
+def test_stats_work_without_an_engine_and_refuse_nonsense(tmp_path: Path) -> None:
+    bar = SeesTheBar()
+    fit(Lit(), callbacks=[OffloadStats(every_n_steps=2), bar])
+    assert "samples/s" in bar.shown
+    assert "host GiB" not in bar.shown
+    with pytest.raises(ValueError, match=r"`every_n_steps` must be an integer >= 1, got 0"):
+        OffloadStats(0)
+
+
+def test_summary_says_where_everything_lives(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = offload(min_numel=60)
+    with caplog.at_level(logging.INFO):
+        fit(Lit(depth=4, frozen=True), strategy, callbacks=[OffloadSummary()], precision="bf16-true", max_steps=1)
+    text = next(r.getMessage() for r in caplog.records if "trained on" in r.getMessage())
+    assert strategy.engine is not None
+    block = sum(p.numel() for p in Net(depth=1).blocks.parameters())
+    small = sum(p.numel() for p in Net(depth=1).blocks.parameters() if p.numel() < 60)
+    assert re.search(rf"net\.embed +[\d,]+ +bfloat16 +frozen 779 +0\.0", text)
+    assert f"host {block - small:,} + device {small:,}" in text
+    assert f"frozen {block:,}" in text
+    assert "net.blocks.2 .. net.blocks.3 (2 units, each)" in text
+    assert "method full with AdamW" in text
+    assert summary(strategy.engine).splitlines()[0] == text.splitlines()[0]
+
+
+def test_summary_bytes_are_those_of_the_arenas(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = offload()
+    with caplog.at_level(logging.INFO):
+        fit(Lit(), strategy, callbacks=[OffloadSummary()], max_steps=1)
+    text = next(r.getMessage() for r in caplog.records if "trained on" in r.getMessage())
+    assert strategy.engine is not None
+    held = strategy.engine.host_bytes(strategy.engine.host.trained)
+    assert held == 16 * sum(p.numel() for p in Net().parameters())
+    assert f"host {held / 1024**3:.3f} GiB" in text
