@@ -82,7 +82,7 @@ def test_summary_says_where_everything_lives(caplog: pytest.LogCaptureFixture) -
     assert strategy.engine is not None
     block = sum(p.numel() for p in Net(depth=1).blocks.parameters())
     small = sum(p.numel() for p in Net(depth=1).blocks.parameters() if p.numel() < 60)
-    assert re.search(rf"net\.embed +[\d,]+ +bfloat16 +frozen 779 +0\.0", text)
+    assert re.search(r"net\.embed +[\d,]+ +bfloat16 +frozen 779 +0\.0", text)
     assert f"host {block - small:,} + device {small:,}" in text
     assert f"frozen {block:,}" in text
     assert "net.blocks.2 .. net.blocks.3 (2 units, each)" in text
