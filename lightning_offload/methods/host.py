@@ -222,7 +222,8 @@ class HostOptimizer:
         for kind in dict.fromkeys(kinds):
             chosen = [at for at, other in enumerate(kinds) if other == kind]
             sizes = [members[at].parameter.numel() for at in chosen]
-            made |= dict(zip(chosen, self._lanes.buffers(label, sizes, *kind), strict=True))
+            name = ".".join([label, *(str(part) for part in kind)])
+            made |= dict(zip(chosen, self._lanes.buffers(name, sizes, *kind), strict=True))
         return [made[at] for at in range(len(members))]
 
     def _make_ring(self, dtype: torch.dtype) -> Ring:

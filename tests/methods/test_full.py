@@ -228,6 +228,41 @@ def test_weights_that_are_16_bit_already_get_masters() -> None:
     assert len(ours.engine.extras()["masters"]) == len(list(net.parameters()))
 
 
+class MixedBlock(nn.Module):
+    """Both dtypes in one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(torch.tanh(self.wide(x)).bfloat16()).float()
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.ModuleList(MixedBlock() for _ in range(2))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy((x @ self.embed.weight.T).view(-1, VOCAB), tokens.view(-1))
+
+
+def test_one_unit_may_hold_several_dtypes() -> None:
+    runs = [train(Mixed(), lanes_of(kind), clip=Clip(0.1)) for kind in ("inline", "checked", "shuffled")]
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+    assert runs[0].engine is not None
+    masters = runs[0].engine.extras()["masters"]
+    assert masters.keys() == {name for name, p in Mixed().named_parameters() if p.dtype == torch.bfloat16}
+    assert runs[0].losses[-1] < runs[0].losses[0]
+
+
 def spoil_gradient(value: float, steps: set[int]) -> Any:
     def spoil(module: nn.Module, step: int) -> None:
         if step in steps:
