@@ -13,10 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.engine import Engine
-
-GIB = 1024**3
 
 
 class OffloadStats(Callback):
@@ -107,8 +106,8 @@ def summary(engine: Engine) -> str:
     settings = engine.method.settings
     lines.append(
         f"method {engine.method.name} with {engine.rule.name}; host {report.requested_bytes / GIB:.3f} GiB "
-        f"({report.locked_bytes / GIB:.3f} GiB page-locked), device rings {engine.host.ring_bytes / GIB:.3f} GiB, "
-        f"micro-batches accumulate on the {settings.accumulate}"
+        f"({report.locked_bytes / GIB:.3f} GiB page-locked), device {engine.device_bytes / GIB:.3f} GiB beside the "
+        f"weights, micro-batches accumulate on the {settings.accumulate}"
     )
     return "\n".join(lines)
 

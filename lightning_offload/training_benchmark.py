@@ -18,11 +18,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_offload.benchmarks import QUIET, machine
+from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Total
 from lightning_offload.strategies import FullOffloadStrategy
 from lightning_offload.text import CausalLM
 
-GIB = 1024**3
 WARM_UP = 3
 """Steps before the clock starts: they allocate."""
 

@@ -284,6 +284,11 @@ class Engine:
             for t in offloaded
         )
 
+    @property
+    def device_bytes(self) -> int:
+        """What the engine holds on the device beside the weights: gradients on their way, small parameters' state."""
+        return self.host.ring_bytes + self.resident.nbytes
+
     def _require_host(self, machine: Machine, offloaded: Sequence[Trained]) -> None:
         moving = 0
         if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_offload.memory.blocks import Unit
-from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.methods.base import CommonSettings, require
 
 
@@ -86,6 +86,5 @@ def _where_to_accumulate(
     gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in parameters)
     free = max(machine.device_free_bytes - weights, 0)
-    gib = 1024**3
-    sizes = f"gradients {gradients / gib:.2f} GiB, free beside the weights {free / gib:.2f} GiB"
+    sizes = f"gradients {gradients / GIB:.2f} GiB, free beside the weights {free / GIB:.2f} GiB"
     return ("device", sizes) if gradients <= free // 4 else ("host", sizes)
