@@ -50,7 +50,7 @@ def interleaved(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: median(values) for name, values in times.items()}
 
 
-def host_phase(numel: int = 100_000_000, rounds: int = 9) -> str:
+def host_phase(numel: int = 100_000_000, rounds: int = 25) -> str:
     """The host's share of a step on ``numel`` parameters, beside torch's kernel and the memory it must move."""
     shapes = _shapes(numel)
     sweep = torch.ones(numel)
@@ -203,7 +203,7 @@ def main() -> None:
     """Print every table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=100_000_000, help="parameters of the host phase")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     print(machine(), host_phase(arguments.numel, arguments.rounds), overhead(), sep="\n\n")
 
