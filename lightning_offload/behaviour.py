@@ -215,7 +215,7 @@ class OffloadBehaviour(Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is None:
             return super().training_step(*args, **kwargs)
-        if self._adopt_due:
+        if self._adopt_due or self._window.weights:  # hooks may write after any micro-batch
             self._adopt_due = False
             self.engine.adopt()
         # automatic: `optimizer_step` has said whether it is the last, and is running this as its closure;

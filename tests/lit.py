@@ -88,7 +88,7 @@ def shuffled(**settings: Any) -> FullOffloadStrategy:
 
 
 def trainer(strategy: Any = "auto", *, callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:
-    """A quiet Trainer on one CPU."""
+    """A quiet Trainer on one CPU, unless `accelerator` says otherwise."""
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "logger": False,
@@ -97,9 +97,8 @@ def trainer(strategy: Any = "auto", *, callbacks: Sequence[L.Callback] = (), **k
         "enable_model_summary": False,
         "limit_val_batches": 0,
     }
-    return L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=1, callbacks=list(callbacks), **{**defaults, **kwargs}
-    )
+    where = {"accelerator": "cpu", "devices": 1}
+    return L.Trainer(strategy=strategy, callbacks=list(callbacks), **{**where, **defaults, **kwargs})
 
 
 def fit(module: L.LightningModule, strategy: Any = "auto", *, ckpt_path: Any = None, **kwargs: Any) -> L.Trainer:
