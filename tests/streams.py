@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.asynchronous import AsyncLanes, Marker
-from lightning_offload.memory.lanes import CopyLane, copy_all, lane_context
+from lightning_offload.memory.lanes import CopyLane, copy_all, host_instant, lane_context
+from lightning_offload.memory.ledger import Instant
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class ThreadMarker:
     """
 
     error: BaseException | None = None
-    seconds: float | None = None
+    time: tuple[float, float] | None = None
     awaited: threading.Event = field(default_factory=threading.Event)
     _reached: threading.Event = field(default_factory=threading.Event)
 
@@ -71,7 +72,7 @@ class _Lane(threading.Thread):
                 job()
             except BaseException as error:
                 marker.error = self.error = error
-            marker.seconds = time.perf_counter() - start
+            marker.time = start, time.perf_counter()
             marker.reach()
 
     def copy(self, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]) -> None:
@@ -100,6 +101,7 @@ class ThreadStreams:
         issued: The targets of every copy, in the order of issue.
         copying: Set by the first copy.
         entered: Names of the threads that entered.
+        clock_kept: What ``keep_clock`` was last told.
     """
 
     def __init__(self, seed: int = 0, *, pinned: bool = True, pauses: int = 8) -> None:
@@ -108,6 +110,7 @@ class ThreadStreams:
         self.issued: list[tuple[str, Sequence[Tensor]]] = []
         self.copying = threading.Event()
         self.entered: list[str] = []
+        self.clock_kept = False
         self._lanes = {lane: _Lane(lane, seed, pauses) for lane in ("h2d", "d2h")}
 
     def enter_thread(self) -> None:
@@ -115,7 +118,7 @@ class ThreadStreams:
 
     def copy(
         self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]
-    ) -> tuple[Marker, Callable[[], float | None]]:
+    ) -> tuple[Marker, Callable[[], tuple[float, float] | None]]:
         where, error = self.failing.pop(lane, ("", None))
         if error is not None and where == "issue":
             raise error
@@ -129,7 +132,7 @@ class ThreadStreams:
             stream.copy(dst, src, after)
 
         marker = stream.submit(job)
-        return marker, lambda: marker.seconds
+        return marker, lambda: marker.time
 
     def compute_marker(self) -> Marker:
         marker = ThreadMarker()
@@ -138,6 +141,12 @@ class ThreadStreams:
 
     def compute_wait(self, marker: Marker) -> None:
         marker.wait()
+
+    def compute_instant(self) -> Instant:
+        return host_instant()
+
+    def keep_clock(self, on: bool) -> None:
+        self.clock_kept = on
 
     def is_asynchronous(self, host: Tensor) -> bool:
         return self.pinned

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.lanes import CopyLane, Event, Place, host_buffers, lane_context, nbytes, own_events
-from lightning_offload.memory.ledger import Ledger
+from lightning_offload.memory.ledger import Instant, Ledger
 
 
 class Marker(Protocol):
@@ -51,10 +51,11 @@ class Streams(Protocol):
 
     def copy(
         self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]
-    ) -> tuple[Marker, Callable[[], float | None]]:
-        """Issue the copies behind ``after`` on the lane's stream; the second value tells their seconds once done.
+    ) -> tuple[Marker, Callable[[], tuple[float, float] | None]]:
+        """Issue the copies behind ``after`` on the lane's stream; the second value tells their time once done.
 
-        Blocks the calling thread only where ``is_asynchronous`` says no.
+        That is start and end in seconds: on the ledger's clock while ``keep_clock`` is on, else only their difference
+        means anything. Blocks the calling thread only where ``is_asynchronous`` says no.
         """
         ...
 
@@ -64,6 +65,14 @@ class Streams(Protocol):
 
     def compute_wait(self, marker: Marker) -> None:
         """Later compute of the calling thread runs after ``marker``."""
+        ...
+
+    def compute_instant(self) -> Instant:
+        """When the calling thread's compute stream gets here; asked for while ``keep_clock`` is on."""
+        ...
+
+    def keep_clock(self, on: bool) -> None:
+        """From here on times are needed on the ledger's clock, or no longer; nothing is in flight."""
         ...
 
     def is_asynchronous(self, host: Tensor) -> bool:
@@ -131,7 +140,8 @@ class _Copying:
     tag: str
     dst: Sequence[Tensor]
     src: Sequence[Tensor]
-    seconds: Callable[[], float | None]
+    order: int
+    time: Callable[[], tuple[float, float] | None]
 
 
 @dataclass(eq=False)
@@ -161,6 +171,7 @@ class AsyncLanes:
         self._worker: threading.Thread | None = None
         self._in_flight: deque[_Copying] = deque()
         self._scratch: dict[torch.dtype, Tensor] = {}
+        self.ledger.on_trace = self.streams.keep_clock
 
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """See ``Lanes.buffers``."""
@@ -192,7 +203,7 @@ class AsyncLanes:
         tag: str = "",
     ) -> Event:
         """See ``Lanes.copy``. Between pageable memory and the device a copy blocks, so the worker does it."""
-        issue = partial(self._issue, lane, list(dst), list(src), tag)
+        issue = partial(self._issue, lane, list(dst), list(src), tag, priority)
         on_host = src if lane == "h2d" else dst
         if not all(self.streams.is_asynchronous(tensor) for tensor in on_host):
             return self.host(lambda: issue([]).wait(), after=after, priority=priority, tag=f"{tag} pageable")
@@ -217,7 +228,9 @@ class AsyncLanes:
         """See ``Lanes.host``."""
         with self._changed:
             self._check()
-            operation = _Operation(partial(self._call, fn, tag, traffic_bytes), own_events(_Async, after), priority)
+            operation = _Operation(
+                partial(self._call, fn, tag, traffic_bytes, priority), own_events(_Async, after), priority
+            )
             self._work.append(operation)
             self._start_worker()
             self._changed.notify_all()
@@ -234,6 +247,10 @@ class AsyncLanes:
         for event in own_events(_Async, events):
             self.streams.compute_wait(event.marker or self._issued(event))
             self._check()
+
+    def mark(self, kind: str, order: int = -1) -> None:
+        """See ``Lanes.mark``."""
+        self.ledger.mark(kind, order, self.streams.compute_instant)
 
     def read(self, tensor: Tensor, default: float) -> float:
         """See ``Lanes.read``."""
@@ -284,25 +301,25 @@ class AsyncLanes:
             raise error
 
     def _issue(
-        self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], tag: str, after: list[Marker]
+        self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], tag: str, order: int, after: list[Marker]
     ) -> Marker:
         self._settle()
         with lane_context(self.device):
-            marker, seconds = self.streams.copy(lane, dst, src, after)
-        self._in_flight.append(_Copying(lane, tag, dst, src, seconds))
+            marker, time = self.streams.copy(lane, dst, src, after)
+        self._in_flight.append(_Copying(lane, tag, dst, src, order, time))
         return marker
 
     def _settle(self) -> None:
         """Move copies that are done to the ledger: their time is known only when the device says so."""
         with self._changed:
-            while self._in_flight and (seconds := self._in_flight[0].seconds()) is not None:
+            while self._in_flight and (time := self._in_flight[0].time()) is not None:
                 done = self._in_flight.popleft()
-                self.ledger.record(done.lane, done.tag, nbytes(done.dst), seconds)
+                self.ledger.record(done.lane, done.tag, nbytes(done.dst), *time, done.order)
 
-    def _call(self, fn: Callable[[], object], tag: str, traffic_bytes: int, after: list[Marker]) -> Marker:
+    def _call(self, fn: Callable[[], object], tag: str, traffic_bytes: int, order: int, after: list[Marker]) -> Marker:
         for marker in after:
             marker.wait()  # there is one only where asking it raised
-        with self.ledger.timed("host", tag, traffic_bytes), lane_context(self.device):
+        with self.ledger.timed("host", tag, traffic_bytes, order), lane_context(self.device):
             fn()
         return Reached()
 

@@ -148,7 +148,7 @@ class CheckedLanes(InlineLanes):
     ) -> Event:
         """See ``Lanes.copy``."""
         with self._as(self._node(f"{lane} {tag}", after)) as node:
-            super().copy(dst, src, lane, tag=tag)
+            super().copy(dst, src, lane, priority=priority, tag=tag)
         return node
 
     def host(
@@ -162,7 +162,7 @@ class CheckedLanes(InlineLanes):
     ) -> Event:
         """See ``Lanes.host``."""
         with self._as(self._node(f"host {tag}", after)) as node:
-            super().host(fn, tag=tag, traffic_bytes=traffic_bytes)
+            super().host(fn, priority=priority, tag=tag, traffic_bytes=traffic_bytes)
         return node
 
     def compute(self) -> Event:
@@ -283,8 +283,12 @@ class ShuffledLanes(InlineLanes):
     ) -> Event:
         """See ``Lanes.copy``."""
         dst, src = list(dst), list(src)
-        self.ledger.record(lane, tag, nbytes(dst), 0.0)
-        return self._submit(lambda: copy_all(dst, src), after, dst)
+
+        def run() -> None:
+            with self._working(lane, tag, nbytes(dst), priority):
+                copy_all(dst, src)
+
+        return self._submit(run, after, dst)
 
     def host(
         self,
@@ -296,8 +300,12 @@ class ShuffledLanes(InlineLanes):
         traffic_bytes: int = 0,
     ) -> Event:
         """See ``Lanes.host``."""
-        self.ledger.record("host", tag, traffic_bytes, 0.0)
-        return self._submit(fn, after, ())
+
+        def run() -> None:
+            with self._working("host", tag, traffic_bytes, priority):
+                fn()
+
+        return self._submit(run, after, ())
 
     def compute(self) -> Event:
         """See ``Lanes.compute``."""
@@ -332,8 +340,7 @@ class ShuffledLanes(InlineLanes):
         operation = self._random.choice(ready)
         self._queue.remove(operation)
         try:
-            with lane_context(self.device):
-                operation.run()
+            operation.run()
         except BaseException:
             self._drop_followers(operation)
             raise

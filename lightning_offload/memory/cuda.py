@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.asynchronous import AsyncLanes, Marker
 from lightning_offload.memory.lanes import CopyLane, copy_all
+from lightning_offload.memory.ledger import Instant, Ledger
 
 
 class CudaStreams:
@@ -20,6 +21,7 @@ class CudaStreams:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._lanes = {"h2d": torch.cuda.Stream(self._device), "d2h": torch.cuda.Stream(self._device)}
+        self._origin: tuple[torch.cuda.Event, float] | None = None  # one instant on both clocks
 
     def enter_thread(self) -> None:
         """See ``Streams.enter_thread``: a new thread is on device 0, where even asking an event starts a context."""
@@ -27,7 +29,7 @@ class CudaStreams:
 
     def copy(
         self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]
-    ) -> tuple[Marker, Callable[[], float | None]]:
+    ) -> tuple[Marker, Callable[[], tuple[float, float] | None]]:
         """See ``Streams.copy``."""
         stream = self._lanes[lane]
         for marker in after:
@@ -39,7 +41,7 @@ class CudaStreams:
             start.record(stream)
             copy_all(dst, src, non_blocking=True)
             end.event.record(stream)
-        return end, lambda: start.elapsed_time(end.event) / 1e3 if end.done() else None
+        return end, lambda: self._between(start, end.event) if end.done() else None
 
     def compute_marker(self) -> Marker:
         """See ``Streams.compute_marker``: in a backward hook the current stream is that of the gradient."""
@@ -51,6 +53,32 @@ class CudaStreams:
         """See ``Streams.compute_wait``."""
         if isinstance(marker, _CudaMarker):
             torch.cuda.current_stream(self._device).wait_event(marker.event)
+
+    def compute_instant(self) -> Instant:
+        """See ``Streams.compute_instant``."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return lambda: self._since_origin(event) if event.query() else None
+
+    def keep_clock(self, on: bool) -> None:
+        """See ``Streams.keep_clock``: set anew for each trace, because device and host clocks drift apart."""
+        self._origin = None
+        if on:
+            event, before_s = torch.cuda.Event(enable_timing=True), Ledger.clock()
+            event.record(self._lanes["d2h"])
+            event.synchronize()
+            self._origin = event, (before_s + Ledger.clock()) / 2
+
+    def _between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> tuple[float, float]:
+        """The difference is taken by itself: CUDA tells times in fp32, which is coarse far from the origin."""
+        start_s = self._since_origin(start)
+        return start_s, start_s + start.elapsed_time(end) / 1e3
+
+    def _since_origin(self, event: torch.cuda.Event) -> float:
+        if self._origin is None:
+            return 0.0
+        origin, origin_s = self._origin
+        return origin_s + origin.elapsed_time(event) / 1e3
 
     def is_asynchronous(self, host: Tensor) -> bool:
         """See ``Streams.is_asynchronous``: only page-locked memory (an empty tensor has none)."""

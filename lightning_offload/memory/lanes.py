@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.arena import HostMemory, region_bytes
-from lightning_offload.memory.ledger import Ledger
+from lightning_offload.memory.ledger import Instant, Ledger
 
 Place = Literal["device", "host", "pinned"]
 CopyLane = Literal["h2d", "d2h"]
@@ -102,6 +102,13 @@ class Lanes(Protocol):
         """What is issued to the compute lane from here on runs after ``events``."""
         ...
 
+    def mark(self, kind: str, order: int = -1) -> None:
+        """Compute issued from here on does ``kind`` for the unit at place ``order``; an empty kind: nothing.
+
+        For the timeline alone: it orders nothing, and costs nothing unless a trace runs.
+        """
+        ...
+
     def read(self, tensor: Tensor, default: float) -> float:
         """A host decision on a device value: waits for it; ``default`` where nothing is real."""
         ...
@@ -124,6 +131,12 @@ def host_buffers(memory: HostMemory, name: str, sizes: Sequence[int], dtype: tor
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the elements of ``tensors``."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def host_instant() -> Instant:
+    """Now, on the host's clock."""
+    now = Ledger.clock()
+    return lambda: now
 
 
 @contextmanager
@@ -175,7 +188,7 @@ class InlineLanes:
         tag: str = "",
     ) -> Event:
         """See ``Lanes.copy``."""
-        with lane_context(self.device), self.ledger.timed(lane, tag, nbytes(dst)):
+        with self._working(lane, tag, nbytes(dst), priority):
             copy_all(dst, src)
         return self._now
 
@@ -189,7 +202,7 @@ class InlineLanes:
         traffic_bytes: int = 0,
     ) -> Event:
         """See ``Lanes.host``."""
-        with lane_context(self.device), self.ledger.timed("host", tag, traffic_bytes):
+        with self._working("host", tag, traffic_bytes, priority):
             fn()
         return self._now
 
@@ -199,6 +212,10 @@ class InlineLanes:
 
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``."""
+
+    def mark(self, kind: str, order: int = -1) -> None:
+        """See ``Lanes.mark``."""
+        self.ledger.mark(kind, order, host_instant)
 
     def read(self, tensor: Tensor, default: float) -> float:
         """See ``Lanes.read``."""
@@ -211,6 +228,15 @@ class InlineLanes:
         """See ``Lanes.close``."""
         self._scratch.clear()
         self.memory.close()
+
+    @contextmanager
+    def _working(self, lane: str, tag: str, nbytes: int, order: int) -> Iterator[None]:
+        """Around one operation; compute stands still meanwhile."""
+        marked = self.ledger.marked
+        self.mark("")
+        with lane_context(self.device), self.ledger.timed(lane, tag, nbytes, order):
+            yield
+        self.mark(*marked)
 
 
 def copy_all(dst: Sequence[Tensor], src: Sequence[Tensor], *, non_blocking: bool = False) -> None:

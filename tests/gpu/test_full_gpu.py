@@ -255,7 +255,7 @@ class DelayedStreams(CudaStreams):
 
     def copy(
         self, lane: CopyLane, dst: Sequence[Tensor], src: Sequence[Tensor], after: Sequence[Marker]
-    ) -> tuple[Marker, Callable[[], float | None]]:
+    ) -> tuple[Marker, Callable[[], tuple[float, float] | None]]:
         stream = self._lanes[lane]
         for marker in after:
             if isinstance(marker, _CudaMarker):

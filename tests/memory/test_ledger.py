@@ -10,9 +10,9 @@ from lightning_offload.memory.ledger import Ledger, Total
 
 def test_totals_per_lane_and_per_kind() -> None:
     ledger = Ledger()
-    ledger.record("d2h", "gradients", 8, 0.5)
-    ledger.record("d2h", "verdict", 2, 0.25)
-    ledger.record("h2d", "weights", 4, 1.0)
+    ledger.record("d2h", "gradients", 8, 1.0, 1.5)
+    ledger.record("d2h", "verdict", 2, 1.5, 1.75)
+    ledger.record("h2d", "weights", 4, 0.0, 1.0)
     assert ledger.lanes == {"d2h": Total(2, 10, 0.75), "h2d": Total(1, 4, 1.0)}
     assert ledger.kinds[("d2h", "verdict")] == Total(1, 2, 0.25)
     assert (ledger.moved("d2h"), ledger.moved("d2h", "gradients"), ledger.moved("d2h", "weights")) == (10, 8, 0)
@@ -21,9 +21,9 @@ def test_totals_per_lane_and_per_kind() -> None:
 
 def test_a_snapshot_stays_as_it_was() -> None:
     ledger = Ledger()
-    ledger.record("host", "step", 8, 0.5)
+    ledger.record("host", "step", 8, 0.0, 0.5)
     before = ledger.snapshot()
-    ledger.record("host", "step", 8, 0.5)
+    ledger.record("host", "step", 8, 0.0, 0.5)
     assert before == {"host": Total(1, 8, 0.5)}
     assert ledger.snapshot() == {"host": Total(2, 16, 1.0)}
 
@@ -54,7 +54,7 @@ def test_many_threads_lose_no_operation() -> None:
     def count() -> None:
         together.wait()
         for _ in range(each):
-            ledger.record("host", "step", Yielding(3), 0.0)
+            ledger.record("host", "step", Yielding(3), 0.0, 0.0)
 
     threads = [threading.Thread(target=count) for _ in range(callers)]
     for thread in threads:
