@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_offload.text.batches import batch_by_shape
     from lightning_offload.text.corpus import load_corpus
     from lightning_offload.text.data import TextData
     from lightning_offload.text.jsonl import Jsonl
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 TINY_PATH = str(Path(__file__).parent / "assets" / "tiny")
 
 _HOME = {
+    "batch_by_shape": "batches",
     "load_corpus": "corpus",
     "TextData": "data",
     "Jsonl": "jsonl",
@@ -44,6 +46,7 @@ __all__ = [
     "PythonSource",
     "TextData",
     "TextFiles",
+    "batch_by_shape",
     "linear_decay",
     "load_corpus",
     "wsd",

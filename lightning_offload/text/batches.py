@@ -68,6 +68,24 @@ def collate(examples: Sequence[Example], *, pad: int) -> Example:
     return batch
 
 
+def batch_by_shape(batch_size: int, sequence_length: int, vocab_size: int) -> Example:
+    """A batch of random tokens, all of them learned, as a data module gives it when nothing is padded.
+
+    Returns:
+        ``input_ids`` and ``labels`` (`batch_size`, `sequence_length`), int64, on the current default device.
+
+    Raises:
+        ValueError: for a size that leaves nothing to predict.
+    """
+    if batch_size < 1 or sequence_length < 2 or vocab_size < 1:
+        raise ValueError(
+            "a batch needs batch_size >= 1, sequence_length >= 2 and vocab_size >= 1; got"
+            f" batch_size={batch_size}, sequence_length={sequence_length}, vocab_size={vocab_size}."
+        )
+    tokens = torch.randint(vocab_size, (batch_size, sequence_length))
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
 class ResumableSampler(DistributedSampler[Any]):
     """Shuffles by seed and epoch; can start an epoch in its middle.
 

@@ -59,6 +59,16 @@ def shape(path: str | None, config: dict[str, Any] | None) -> Any:
     return AutoConfig.for_model(**_plain(config))
 
 
+def recompute_blocks(network: Any) -> None:
+    """Have each block's activations computed again in the backward pass."""
+    network.config.use_cache = False
+    options = {"use_reentrant": False}
+    if hasattr(network, "activation_checkpointing_enable"):  # the name in transformers 6; both exist before
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def _plain(value: Any) -> Any:
     """Nested mappings and sequences of any kind (as a config library hands them over) as dicts and lists."""
     if isinstance(value, Mapping):

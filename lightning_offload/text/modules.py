@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import SumMetric
 from typing_extensions import override
 
-from lightning_offload.text.loading import build_network, load_tokenizer
+from lightning_offload.text.loading import build_network, load_tokenizer, recompute_blocks
 from lightning_offload.text.loss import next_token_loss
 
 Batch = dict[str, Tensor]
@@ -86,8 +86,7 @@ class CausalLM(L.LightningModule):
         self.total_loss = SumMetric(nan_strategy="disable")
         self.total_tokens = SumMetric(nan_strategy="disable")
         if gradient_checkpointing:
-            self.network.config.use_cache = False
-            self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_blocks(self.network)
 
     @override
     def setup(self, stage: str) -> None:
