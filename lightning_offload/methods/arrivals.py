@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.base import Flight
+from lightning_offload.methods.uses import Recorder, Uses
 
 
 class Arrivals:
@@ -24,22 +24,30 @@ class Arrivals:
 
     Attributes:
         flights: What is in flight, per unit.
+        uses: What is known of the forward.
+
+    Args:
+        module: The model.
+        units: Its units.
+        lanes: Where weights arrive.
+        uses: What a dry run has found out; what the first forward shows is added to it.
     """
 
-    def __init__(self, units: Sequence[Unit], lanes: Lanes) -> None:
+    def __init__(self, module: nn.Module, units: Sequence[Unit], lanes: Lanes, uses: Uses | None = None) -> None:
         self.flights = [Flight(unit.index) for unit in units]
-        self._units = units
-        self._lanes = lanes
+        self.uses = Uses()
+        self._module, self._units, self._lanes = module, units, lanes
         self._early: set[int] = set()
-        self._entered: list[int] = []  # units in the order of their first hook
         # compiled code may take hooks and weights apart as it likes, and a function mode would break it
         self._compiled = any(_is_compiled(module) for unit in units for module in unit.module.modules())
         self._learned = False
+        if uses is not None:
+            self._learn(uses)
 
     def install(self) -> Iterator[Callable[[], None]]:
         """Hang the hooks on; yields how to take each off."""
         for unit in self._units:
-            hook = _landing(self.flights[unit.index], self._lanes, self._entered, unit.index)
+            hook = _entering(self.flights[unit.index], self._lanes)
             for module in unit.entry_modules:  # first of all hooks: another one may read the weights
                 yield module.register_forward_pre_hook(hook, prepend=True).remove
 
@@ -53,15 +61,11 @@ class Arrivals:
         if self._learned or self._compiled:
             yield
             return
-        self._entered.clear()
-        with _EarlyUse(self._units, self.flights) as recorder:
+        recorder = Recorder(self._units)
+        with recorder.watching():
             yield
         self._learned = True
-        self._early = recorder.early | {unit.index for unit in self._units} - set(self._entered)
-        for flight in self.flights:
-            flight.order = 0  # who was never entered may be needed at once
-        for place, index in enumerate(self._entered):
-            self.flights[index].order = place + 1
+        self._learn(recorder.uses(self._module))
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
@@ -73,40 +77,27 @@ class Arrivals:
         for flight in self.flights:
             flight.waited = True
 
+    def _learn(self, uses: Uses) -> None:
+        index = {unit.name: unit.index for unit in self._units}
+        self.uses = uses
+        self._early |= {index[name] for name in uses.early if name in index}
+        for flight in self.flights:
+            flight.order = 0  # who is never entered may be needed at once
+        for place, name in enumerate(uses.order):
+            if name in index:
+                self.flights[index[name]].order = place + 1
+
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def _landing(flight: Flight, lanes: Lanes, entered: list[int], index: int) -> Callable[..., None]:
+def _entering(flight: Flight, lanes: Lanes) -> Callable[..., None]:
     """A plain function: deep copies of the module (weight averaging) share it instead of copying the engine."""
 
     def hook(module: nn.Module, args: Any) -> None:
-        if not flight.entered:
-            flight.entered = True
-            entered.append(index)
         flight.land(lanes)
+        if torch._C._current_graph_task_id() == -1:  # else a recomputation within backward
+            lanes.mark("forward", flight.order)
 
     return hook
-
-
-class _EarlyUse(TorchFunctionMode):
-    """Finds units whose weights are used in a forward before a hook of theirs has fired."""
-
-    def __init__(self, units: Sequence[Unit], flights: Sequence[Flight]) -> None:
-        super().__init__()
-        self.early: set[int] = set()
-        self._flights = flights
-        self._unit = {id(p): unit.index for unit in units for p in unit.parameters.values()}
-        for flight in flights:
-            flight.entered = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # `weight.dtype` reads no weight
-            for value in tree_leaves((args, kwargs)):
-                index = self._unit.get(id(value))
-                if index is not None and not self._flights[index].entered:
-                    self.early.add(index)
-        return func(*args, **(kwargs or {}))

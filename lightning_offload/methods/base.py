@@ -118,14 +118,12 @@ class Flight:
     Attributes:
         arrived: The copy that brings its new weights.
         waited: Whether compute already waits for it.
-        entered: Whether a hook of the unit has fired since somebody last asked.
         order: Its place in the order of execution, as far as it is known: who needs its weights first comes first.
     """
 
     order: int
     arrived: Event | None = None
     waited: bool = True
-    entered: bool = False
 
     def launch(self, event: Event) -> None:
         """New weights are on their way."""

@@ -32,6 +32,7 @@ from lightning_offload.methods.homes import settle, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.resident import ResidentOptimizer
 from lightning_offload.methods.rules import check_groups, frozen_groups, rule_for
+from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.verdict import Judge
 from lightning_offload.numerics.norms import adopt_
 
@@ -55,6 +56,7 @@ class Engine:
         dtypes: Which dtype lives where.
         machine: Checked for host memory before anything is allocated; ``None`` skips the check.
         expects_clip: Whether steps will be clipped, so that norms are taken as gradients leave.
+        uses: What a dry run has found out about the forward; learned from the first one all the same.
 
     Raises:
         PartitionError: A model or ``blocks`` that cannot be split.
@@ -72,12 +74,13 @@ class Engine:
         *,
         machine: Machine | None = None,
         expects_clip: bool = False,
+        uses: Uses | None = None,
     ) -> None:
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
         self.stepping = False
         self.gradients_visible = False
         self.units = partition(module, method.settings.blocks)
-        self.arrivals = Arrivals(self.units, lanes)
+        self.arrivals = Arrivals(module, self.units, lanes, uses)
         self.rule = rule_for(optimizer)
         self._expects_clip = expects_clip
         self._steps = 0
