@@ -1,33 +1,30 @@
-"""What the machine has: device and host memory, what may be locked, and cores."""
+"""The machine as this process may use it: found, described by a hardware file, or made smaller."""
 
 from __future__ import annotations
 
 import math
 import os
-import platform
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import psutil
 import torch
 
 from lightning_offload.errors import HostMemoryError
-
-GIB = 1024**3
-
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
-_CPUS = Path("/sys/devices/system/cpu")
-
-# limit, usage, prefix in memory.stat: cgroup v2 (hard, and the mark above which it throttles), then v1
-_MEMORY_FILES = (
-    ("memory.max", "memory.current", ""),
-    ("memory.high", "memory.current", ""),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+from lightning_offload.memory.device_limits import CONTEXT_BYTES, cap_device, find_device
+from lightning_offload.memory.host_limits import (
+    GIB,
+    allowed_cpus,
+    cores_of,
+    cpu_quota,
+    cpus_of_node,
+    host_memory,
+    lockable,
 )
+from lightning_offload.memory.rates import Rates
+
+__all__ = ["GIB", "Machine", "cap_device"]
 
 
 @dataclass(frozen=True)
@@ -35,26 +32,42 @@ class Machine:
     """The machine as this process may use it, at the moment of ``detect``.
 
     Attributes:
+        name: Of the hardware: ``"auto"`` where it was found, else as its file says.
         device_type: ``"cuda"`` or ``"cpu"``.
         device_name: The device as its driver calls it.
         device_total_bytes: Memory of the device; of the host where the device is the CPU.
-        device_free_bytes: What is free of it.
+        device_free_bytes: What can still be allocated on it; all of it where it is only described.
+        device_budget_bytes: All that this process may hold on it: free, or its own already, the CUDA context included.
+        context_bytes: What the CUDA context takes of it; 0 on the CPU.
+        is_integrated: Whether the device shares the host's memory.
+        link: What joins device and host.
+        numa_node: The device's; None on the CPU and where there is one node only.
+        numa_cpus: The CPUs of that node that this process may run on.
         host_total_bytes: Host memory this process could have: RAM, or the cgroup limit where that is less.
         host_available_bytes: What it can still allocate without swapping; page cache counts as available.
-        host_limit: Which of the two binds ``host_available_bytes``.
+        host_limit: What binds ``host_available_bytes``.
         lockable_bytes: How much of the host memory CUDA can be expected to pin.
         lockable_limit: What binds that.
         physical_cores: Cores of the machine, hyper-threads not counted.
         affinity_cores: Physical cores among the CPUs that this process may run on.
+        numa_cores: Physical cores among ``numa_cpus``.
         cpu_quota: CPUs' worth of time that the cgroup grants; None without a quota.
         torch_threads: ``torch.get_num_threads()`` as found.
         omp_num_threads: ``OMP_NUM_THREADS`` as set; None where it is not.
+        rates: How fast it is; None where nobody has measured.
     """
 
+    name: str
     device_type: str
     device_name: str
     device_total_bytes: int
     device_free_bytes: int
+    device_budget_bytes: int
+    context_bytes: int
+    is_integrated: bool
+    link: str
+    numa_node: int | None
+    numa_cpus: tuple[int, ...]
     host_total_bytes: int
     host_available_bytes: int
     host_limit: str
@@ -62,37 +75,138 @@ class Machine:
     lockable_limit: str
     physical_cores: int
     affinity_cores: int
+    numa_cores: int
     cpu_quota: float | None
     torch_threads: int
     omp_num_threads: str | None
+    rates: Rates | None = None
 
     @classmethod
     def detect(cls, device: torch.device | str = "cpu") -> Machine:
-        """Looks at this machine; CUDA is initialised only when ``device`` is a CUDA device.
+        """Looks at this machine, without measuring; CUDA is initialised only when ``device`` is a CUDA device.
 
         Raises:
             ValueError: A device that is neither CUDA nor the CPU.
         """
         device = torch.device(device)
-        host = _host()
-        name, total, free = _device(device, host)
-        lockable, lockable_limit = _lockable(host)
+        host = host_memory()
+        found = find_device(device, host)
+        lockable_bytes, lockable_limit = lockable(host)
+        cpus = allowed_cpus()
+        numa_cpus = cpus & cpus_of_node(found.numa_node)
         return cls(
+            name="auto",
             device_type=device.type,
-            device_name=name,
-            device_total_bytes=total,
-            device_free_bytes=free,
+            device_name=found.name,
+            device_total_bytes=found.total_bytes,
+            device_free_bytes=found.free_bytes,
+            device_budget_bytes=found.budget_bytes,
+            context_bytes=found.context_bytes,
+            is_integrated=found.is_integrated,
+            link=found.link,
+            numa_node=found.numa_node,
+            numa_cpus=tuple(sorted(numa_cpus)),
             host_total_bytes=host.total_bytes,
             host_available_bytes=host.available_bytes,
             host_limit=host.limit,
-            lockable_bytes=lockable,
+            lockable_bytes=lockable_bytes,
             lockable_limit=lockable_limit,
             physical_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
-            affinity_cores=_affinity_cores(),
-            cpu_quota=_cpu_quota(),
+            affinity_cores=cores_of(cpus),
+            numa_cores=cores_of(numa_cpus),
+            cpu_quota=cpu_quota(),
             torch_threads=torch.get_num_threads(),
             omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         )
+
+    @classmethod
+    def described(
+        cls,
+        *,
+        name: str,
+        device_type: str,
+        host_gib: float,
+        cores: int,
+        rates: Rates,
+        device_gib: float | None = None,
+        link: str = "host memory",
+    ) -> Machine:
+        """A machine that need not be here, with nothing else running on it.
+
+        Args:
+            name: Of the hardware, for messages.
+            device_type: ``"cuda"`` or ``"cpu"``.
+            host_gib: Host memory, all of it free and lockable.
+            cores: Physical cores.
+            rates: How fast it is.
+            device_gib: Memory that the driver reports; not for the CPU, whose memory is the host's.
+            link: What joins device and host.
+
+        Raises:
+            ValueError: A value that no machine has, by its name in a hardware file.
+        """
+        if device_type not in ("cuda", "cpu"):
+            raise ValueError(f"`hardware.device_type` must be 'cuda' or 'cpu', got {device_type!r}")
+        on_cpu = device_type == "cpu"
+        host = _bytes("hardware.host_gib", host_gib)
+        memory = host if on_cpu else _bytes("hardware.device_gib", device_gib)
+        if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
+            raise ValueError(f"`hardware.cores` must be an integer >= 1, got {cores!r}")
+        limit = f"all host memory of hardware={name}"
+        return cls(
+            name=name,
+            device_type=device_type,
+            device_name=name,
+            device_total_bytes=memory,
+            device_free_bytes=memory,
+            device_budget_bytes=memory,
+            context_bytes=0 if on_cpu else CONTEXT_BYTES,
+            is_integrated=False,
+            link=link,
+            numa_node=None,
+            numa_cpus=(),
+            host_total_bytes=host,
+            host_available_bytes=host,
+            host_limit=limit,
+            lockable_bytes=host,
+            lockable_limit=limit,
+            physical_cores=cores,
+            affinity_cores=cores,
+            numa_cores=0,
+            cpu_quota=None,
+            torch_threads=cores,
+            omp_num_threads=None,
+            rates=rates,
+        )
+
+    def capped(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Machine:
+        """The same machine as if it had no more than this; what it has less of stays as it is.
+
+        Args:
+            device_bytes: Of the device, the CUDA context and what this process already holds included.
+            host_bytes: Of the host, for what is still to be allocated.
+        """
+        machine = self
+        if device_bytes is not None:
+            held = self.device_budget_bytes - self.device_free_bytes
+            machine = replace(
+                machine,
+                device_total_bytes=min(self.device_total_bytes, device_bytes),
+                device_budget_bytes=min(self.device_budget_bytes, device_bytes),
+                device_free_bytes=max(0, min(self.device_free_bytes, device_bytes - held)),
+            )
+        if host_bytes is not None and host_bytes < self.host_total_bytes:
+            cap = f"capped at {host_bytes / GIB:.2f} GiB"
+            binds = host_bytes < self.host_available_bytes
+            machine = replace(
+                machine,
+                host_total_bytes=host_bytes,
+                host_available_bytes=min(self.host_available_bytes, host_bytes),
+                host_limit=cap if binds else f"{self.host_limit}, {cap}",
+                lockable_bytes=min(self.lockable_bytes, host_bytes),
+                lockable_limit=cap if host_bytes < self.lockable_bytes else self.lockable_limit,
+            )
+        return machine
 
     @property
     def host_threads(self) -> int:
@@ -102,8 +216,11 @@ class Machine:
     @property
     def host_threads_reason(self) -> str:
         """Why ``host_threads`` is what it is, for the log."""
-        if self._cores < self.affinity_cores:
+        if self._cores < self._near_cores:
             source = f"the cgroup's quota of {self.cpu_quota:g} CPUs"
+        elif self._cores < self.affinity_cores:
+            source = f"{self._cores} of {self.affinity_cores} physical cores are on the device's NUMA node"
+            source += f" {self.numa_node}"
         else:
             source = f"{self.affinity_cores} of {self.physical_cores} physical cores in the affinity"
         why = f"{source}, less one for the main thread" if self._cores > 1 else f"{source}; at least one"
@@ -111,24 +228,33 @@ class Machine:
         return f"{why}; OMP_NUM_THREADS={self.omp_num_threads} is not followed" if ignored else why
 
     @property
-    def _cores(self) -> int:
-        return self.affinity_cores if self.cpu_quota is None else min(self.affinity_cores, math.floor(self.cpu_quota))
+    def _near_cores(self) -> int:
+        """Cores beside the device's memory lane: memory of another node is slower by a tenth to a third."""
+        return self.numa_cores or self.affinity_cores
 
-    def require_host(self, needed_bytes: int, *, what: str, on_misfit: Literal["error", "warn"] = "error") -> None:
+    @property
+    def _cores(self) -> int:
+        return self._near_cores if self.cpu_quota is None else min(self._near_cores, math.floor(self.cpu_quota))
+
+    def require_host(
+        self, needed_bytes: int, *, what: str, freed_bytes: int = 0, on_misfit: Literal["error", "warn"] = "error"
+    ) -> None:
         """Checks, before anything is allocated, that the host can hold ``needed_bytes`` more.
 
         Args:
             needed_bytes: What will be allocated.
             what: What it is for; the subject of the message.
+            freed_bytes: What this process gives back meanwhile.
             on_misfit: Whether too little is an error, or a warning for those who know better (swap).
 
         Raises:
             HostMemoryError: The host has less, and ``on_misfit`` is ``"error"``.
         """
-        if needed_bytes <= self.host_available_bytes:
+        at_hand = min(self.host_available_bytes + freed_bytes, self.host_total_bytes)
+        if needed_bytes <= at_hand:
             return
         message = (
-            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, but {self.host_available_bytes / GIB:.2f} GiB "
+            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, but {at_hand / GIB:.2f} GiB "
             f"is available ({self.host_limit}); use a smaller model or a method that keeps less on the host, "
             "free memory, or raise the limit"
         )
@@ -137,103 +263,8 @@ class Machine:
         warnings.warn(f"{message}. Trying all the same (on_misfit='warn').", stacklevel=2)
 
 
-class _Host(NamedTuple):
-    total_bytes: int
-    available_bytes: int
-    limit: str
-
-
-def _host() -> _Host:
-    memory = psutil.virtual_memory()
-    ram = _Host(memory.total, memory.available, "free memory of the machine")
-    known = [ram, *_cgroup_memory()]
-    tightest = min(known, key=lambda host: host.available_bytes)
-    return tightest._replace(total_bytes=min(host.total_bytes for host in known))
-
-
-def _cgroup_memory() -> Iterator[_Host]:
-    for folder in _cgroup_folders("memory"):
-        for limit_name, usage_name, prefix in _MEMORY_FILES:
-            limit, usage = _number(folder / limit_name), _number(folder / usage_name)
-            if limit is None or usage is None:
-                continue
-            # the usage counts file pages, which the kernel drops before it refuses memory
-            cache = sum(_stat(folder / "memory.stat", f"{prefix}{kind}_file") for kind in ("active", "inactive"))
-            left = max(0, limit - max(0, usage - cache))
-            yield _Host(limit, left, f"cgroup limit {folder / limit_name} of {limit / GIB:.2f} GiB")
-
-
-def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """The folder of this process and all above it, for any of them may limit it.
-
-    Inside a container the path may be the host's and not exist here; the mount itself then holds the limits.
-    """
-    for line in _text(_PROC / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        mount = _CGROUP / controller if controllers else _CGROUP
-        folder = mount / path.lstrip("/")
-        yield from (above for above in (folder, *folder.parents) if above == mount or mount in above.parents)
-
-
-def _cpu_quota() -> float | None:
-    quotas = []
-    for folder in _cgroup_folders("cpu"):
-        v2 = _text(folder / "cpu.max").split()
-        v1 = [_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-        for quota, period in (pair for pair in (v2, v1) if len(pair) == 2):
-            if quota.isdecimal() and period.isdecimal():  # "max" and -1 are no quota
-                quotas.append(int(quota) / int(period))
-    return min(quotas, default=None)
-
-
-def _affinity_cores() -> int:
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = {_text(_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") for cpu in cpus}
-    if "" in siblings:  # not told: no more than the machine has
-        return min(len(cpus), psutil.cpu_count(logical=False) or len(cpus))
-    return len(siblings)
-
-
-def _lockable(host: _Host) -> tuple[int, str]:
-    """How much CUDA can pin.
-
-    ``RLIMIT_MEMLOCK`` is left out on purpose: it governs ``mlock``, while ``cudaHostRegister`` has the kernel driver
-    pin the pages, which is not counted against it (containers default to 64 KiB or 8 MiB and pin tens of GiB). What
-    does bind is the memory itself, which pinned pages occupy for good; under WSL2 a small pool of the Windows driver,
-    shared by all processes; on Windows about half of the RAM. None of them is a promise: a refused registration is
-    handled where it happens.
-    """
-    if "microsoft" in platform.release().lower():
-        return min(GIB, host.available_bytes), "WSL2 pins about 1 GiB"
-    if platform.system() == "Windows":
-        return min(psutil.virtual_memory().total // 2, host.available_bytes), "Windows pins about half of the RAM"
-    return host.available_bytes, host.limit
-
-
-def _device(device: torch.device, host: _Host) -> tuple[str, int, int]:
-    if device.type == "cpu":
-        return platform.processor() or platform.machine(), host.total_bytes, host.available_bytes
-    if device.type != "cuda":
-        raise ValueError(f"device={str(device)!r} is not supported; use 'cuda' or 'cpu'")
-    free, total = torch.cuda.mem_get_info(device)
-    return torch.cuda.get_device_name(device), total, free
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no such file, or it says ``max``."""
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None
-
-
-def _stat(path: Path, key: str) -> int:
-    pairs = (line.split() for line in _text(path).splitlines())
-    return next((int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] == key), 0)
+def _bytes(name: str, gib: Any) -> int:
+    number = isinstance(gib, int | float) and not isinstance(gib, bool)
+    if not (number and math.isfinite(gib) and gib > 0):
+        raise ValueError(f"`{name}` must be a positive number of GiB, got {gib!r}")
+    return int(gib * GIB)

@@ -7,14 +7,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_offload.errors import HostMemoryError
-from lightning_offload.memory import budget
+from lightning_offload.memory import device_limits, host_limits
 from lightning_offload.memory.budget import GIB, Machine
+from lightning_offload.memory.device_limits import CONTEXT_BYTES
+from lightning_offload.memory.rates import Rates
 
 RAM = SimpleNamespace(total=64 * GIB, available=48 * GIB)
 
@@ -22,9 +27,11 @@ RAM = SimpleNamespace(total=64 * GIB, available=48 * GIB)
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 GiB with nothing in /proc and /sys but what a test puts there."""
-    monkeypatch.setattr(budget, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(budget, "_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(budget, "_CPUS", tmp_path / "cpus")
+    monkeypatch.setattr(host_limits, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(host_limits, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(host_limits, "_CPUS", tmp_path / "cpus")
+    monkeypatch.setattr(host_limits, "_NODES", tmp_path / "nodes")
+    monkeypatch.setattr(device_limits, "_PCI", tmp_path / "pci")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: RAM)
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     monkeypatch.setattr(platform, "system", lambda: "Linux")
@@ -202,11 +209,201 @@ def test_an_unknown_device_is_refused() -> None:
         Machine.detect("meta")
 
 
-def test_a_cuda_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 7))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+CARD = {"name": "card", "is_integrated": 0, "pci_domain_id": 0, "pci_bus_id": 0x41, "pci_device_id": 0}
+
+
+def set_card(
+    monkeypatch: pytest.MonkeyPatch, *, free: int, total: int, reserved: int = 0, **properties: object
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {torch.device(device).index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**CARD | properties))
+
+
+def test_a_cuda_device_is_asked(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_card(monkeypatch, free=20 * GIB, total=24 * GIB, reserved=3 * GIB + GIB // 4)
+    write(
+        tree,
+        {
+            "pci/0000:41:00.0/numa_node": -1,
+            "pci/0000:41:00.0/current_link_speed": "16.0 GT/s PCIe",
+            "pci/0000:41:00.0/current_link_width": 8,
+            "pci/0000:41:00.0/max_link_speed": "16.0 GT/s PCIe",
+            "pci/0000:41:00.0/max_link_width": 8,
+        },
+    )
     machine = Machine.detect("cuda:1")
-    assert (machine.device_name, machine.device_free_bytes, machine.device_total_bytes) == ("card 1", 5, 7)
+    assert (machine.device_name, machine.device_type) == ("card 1", "cuda")
+    assert (machine.device_free_bytes, machine.device_total_bytes) == (20 * GIB, 24 * GIB)
+    assert machine.context_bytes == 3 * GIB // 4
+    assert machine.device_budget_bytes == 24 * GIB
+    assert (machine.link, machine.numa_node, machine.numa_cpus) == ("PCIe 4.0 x8", None, ())
+    assert not machine.is_integrated
+
+
+def test_memory_of_other_processes_is_not_taken_for_the_context(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_card(monkeypatch, free=10 * GIB, total=24 * GIB, reserved=GIB)
+    machine = Machine.detect("cuda:0")
+    assert machine.context_bytes == CONTEXT_BYTES
+    assert machine.device_budget_bytes == 11 * GIB + CONTEXT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("now", "best", "said"),
+    [
+        (("2.5 GT/s PCIe", 16), ("32.0 GT/s PCIe", 16), "PCIe 1.0 x16 now, 5.0 x16 at most"),
+        (("16.0 GT/s PCIe", 8), ("16.0 GT/s PCIe", 16), "PCIe 4.0 x8 now, 4.0 x16 at most"),
+        (("8.0 GT/s PCIe", 16), ("Unknown", ""), "PCIe 3.0 x16"),
+        (("Unknown", 0), ("Unknown", 255), "not shown by the system"),
+    ],
+)
+def test_the_link_as_it_is_and_as_it_could_be(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, now: tuple[str, int], best: tuple[str, object], said: str
+) -> None:
+    set_card(monkeypatch, free=1, total=1)
+    for which, (speed, width) in {"current": now, "max": best}.items():
+        card = f"pci/0000:41:00.0/{which}_link"
+        write(tree, {f"{card}_speed": speed, f"{card}_width": width})
+    assert Machine.detect("cuda:0").link == said
+
+
+def test_without_a_pci_address_nothing_is_known_of_the_link(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_card(monkeypatch, free=1, total=1, is_integrated=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
+    machine = Machine.detect("cuda:0")
+    assert (machine.link, machine.numa_node, machine.is_integrated) == ("not shown by the system", None, True)
+
+
+def set_two_nodes(tree: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int]) -> Machine:
+    """Eight cores on two nodes, the card on the second."""
+    set_cores(tree, monkeypatch, {cpu: str(cpu) for cpu in range(8)}, allowed)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
+    set_card(monkeypatch, free=1, total=1)
+    nodes = {"nodes/node0/cpulist": "0-1,4-5", "nodes/node1/cpulist": "2,3,6-7"}
+    write(tree, {"pci/0000:41:00.0/numa_node": 1} | nodes)
+    return Machine.detect("cuda:0")
+
+
+def test_threads_stay_on_the_node_of_the_device(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = set_two_nodes(tree, monkeypatch, set(range(8)))
+    assert (machine.numa_node, machine.numa_cpus, machine.numa_cores) == (1, (2, 3, 6, 7), 4)
+    assert machine.host_threads == 3
+    reason = "4 of 8 physical cores are on the device's NUMA node 1, less one for the main thread"
+    assert machine.host_threads_reason == reason
+
+
+def test_a_quota_below_the_nodes_cores_binds(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tree, {"proc/self/cgroup": "0::/", "cgroup/cpu.max": "300000 100000"})
+    machine = set_two_nodes(tree, monkeypatch, set(range(8)))
+    assert machine.host_threads == 2
+    assert machine.host_threads_reason.startswith("the cgroup's quota of 3 CPUs")
+
+
+@pytest.mark.parametrize(("allowed", "threads"), [({2, 3, 6}, 2), ({0, 1, 4}, 2)])
+def test_an_affinity_within_one_node_is_all_there_is(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], threads: int
+) -> None:
+    machine = set_two_nodes(tree, monkeypatch, allowed)
+    assert machine.host_threads == threads
+    assert machine.host_threads_reason.startswith("3 of 8 physical cores in the affinity")
+
+
+RATES = Rates(
+    fp32_tflops=1,
+    bf16_tflops=2,
+    device_gb_per_s=3,
+    h2d_gb_per_s=4,
+    d2h_gb_per_s=5,
+    duplex=0.75,
+    pageable_gb_per_s=2,
+    host_gb_per_s=8,
+    op_us=9,
+)
+
+
+def described(device_type: str = "cuda", **other: Any) -> Machine:
+    given = {"name": "a card", "device_gib": 23.5, "host_gib": 64.0, "cores": 8, "link": "PCIe 4.0 x16", "rates": RATES}
+    return Machine.described(device_type=device_type, **given | other)
+
+
+@given(st.floats(0.001, 1e4), st.floats(0.001, 1e5), st.integers(1, 512))
+def test_a_described_machine_is_what_was_said(device_gib: float, host_gib: float, cores: int) -> None:
+    machine = described(device_gib=device_gib, host_gib=host_gib, cores=cores)
+    device, host = int(device_gib * GIB), int(host_gib * GIB)
+    assert {machine.device_total_bytes, machine.device_free_bytes, machine.device_budget_bytes} == {device}
+    assert {machine.host_total_bytes, machine.host_available_bytes, machine.lockable_bytes} == {host}
+    assert (machine.name, machine.rates, machine.link) == ("a card", RATES, "PCIe 4.0 x16")
+    assert machine.host_threads == max(1, cores - 1)
+    assert machine.context_bytes == CONTEXT_BYTES
+    assert machine.capped(device_bytes=device, host_bytes=host) == machine
+
+
+def test_a_described_cpu_has_the_hosts_memory_only() -> None:
+    machine = described("cpu", link="host memory")
+    assert machine.device_total_bytes == machine.device_free_bytes == 64 * GIB
+    assert machine.context_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("device_type", "tpu", "'cuda' or 'cpu', got 'tpu'"),
+        ("device_gib", None, "a positive number of GiB, got None"),
+        ("device_gib", float("inf"), "a positive number of GiB, got inf"),
+        ("host_gib", -1, "a positive number of GiB, got -1"),
+        ("host_gib", "64", "a positive number of GiB, got '64'"),
+        ("cores", 0, "an integer >= 1, got 0"),
+        ("cores", 1.5, "an integer >= 1, got 1.5"),
+    ],
+)
+def test_a_description_of_no_machine_names_the_key(setting: str, value: object, named: str) -> None:
+    with pytest.raises(ValueError, match=f"`hardware.{setting}` must be {named}"):
+        described(**{setting: value})
+
+
+SIZES = st.integers(0, 80 * GIB)
+
+
+@given(SIZES, SIZES, SIZES, SIZES)
+def test_a_cap_only_takes_and_a_smaller_one_takes_more(device: int, more: int, host: int, more_host: int) -> None:
+    machine = replace(described(), device_free_bytes=20 * GIB, host_available_bytes=48 * GIB)
+    small = machine.capped(device_bytes=device, host_bytes=host)
+    large = machine.capped(device_bytes=device + more, host_bytes=host + more_host)
+    sizes = [name for name in vars(machine) if name.endswith("_bytes")]
+    for name in sizes:
+        assert 0 <= getattr(small, name) <= getattr(large, name) <= getattr(machine, name)
+    assert small.device_budget_bytes <= device
+    assert small.host_available_bytes <= small.host_total_bytes <= host
+    assert small.capped(device_bytes=device, host_bytes=host) == small
+
+
+def test_a_cap_says_so_where_it_binds() -> None:
+    machine = replace(described(), host_available_bytes=10 * GIB, host_limit="free memory")
+    assert machine.capped(host_bytes=64 * GIB).host_limit == "free memory"
+    assert machine.capped(host_bytes=20 * GIB).host_limit == "free memory, capped at 20.00 GiB"
+    assert machine.capped(host_bytes=5 * GIB).host_limit == "capped at 5.00 GiB"
+    assert machine.capped(host_bytes=5 * GIB).lockable_limit == "capped at 5.00 GiB"
+    with pytest.raises(HostMemoryError, match=r"needs 6\.00 GiB.* 5\.00 GiB is available \(capped at 5\.00 GiB\)"):
+        machine.capped(host_bytes=5 * GIB).require_host(6 * GIB, what="it")
+
+
+def test_the_devices_cap_counts_what_this_process_holds_there() -> None:
+    machine = replace(described(), device_free_bytes=20 * GIB, device_budget_bytes=23 * GIB)
+    capped = machine.capped(device_bytes=8 * GIB)
+    assert (capped.device_total_bytes, capped.device_budget_bytes, capped.device_free_bytes) == (
+        8 * GIB,
+        8 * GIB,
+        5 * GIB,
+    )
+    assert machine.capped(device_bytes=2 * GIB).device_free_bytes == 0
+
+
+def test_memory_given_back_meanwhile_counts_but_never_beyond_the_total() -> None:
+    machine = replace(described(), host_available_bytes=10 * GIB, host_total_bytes=12 * GIB)
+    machine.require_host(11 * GIB, what="it", freed_bytes=GIB)
+    with pytest.raises(HostMemoryError, match=r"needs 12\.50 GiB.* 12\.00 GiB is available"):
+        machine.require_host(25 * GIB // 2, what="it", freed_bytes=5 * GIB)
 
 
 def test_the_real_machine_is_plausible_and_cuda_stays_untouched() -> None:
