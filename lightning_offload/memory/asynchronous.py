@@ -244,9 +244,12 @@ class AsyncLanes:
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``: blocks only until each copy has been issued; that time is the lane ``wait``."""
         self._check()
+        marked = self.ledger.marked
+        self.mark("")  # whoever waits does not compute
         for event in own_events(_Async, events):
             self.streams.compute_wait(event.marker or self._issued(event))
             self._check()
+        self.mark(*marked)
 
     def mark(self, kind: str, order: int = -1) -> None:
         """See ``Lanes.mark``."""

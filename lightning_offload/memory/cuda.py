@@ -72,13 +72,13 @@ class CudaStreams:
     def _between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> tuple[float, float]:
         """The difference is taken by itself: CUDA tells times in fp32, which is coarse far from the origin."""
         start_s = self._since_origin(start)
-        return start_s, start_s + start.elapsed_time(end) / 1e3
+        return start_s, start_s + float(start.elapsed_time(end)) / 1e3
 
     def _since_origin(self, event: torch.cuda.Event) -> float:
         if self._origin is None:
             return 0.0
         origin, origin_s = self._origin
-        return origin_s + origin.elapsed_time(event) / 1e3
+        return origin_s + float(origin.elapsed_time(event)) / 1e3
 
     def is_asynchronous(self, host: Tensor) -> bool:
         """See ``Streams.is_asynchronous``: only page-locked memory (an empty tensor has none)."""

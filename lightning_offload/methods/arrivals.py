@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.base import Flight
+from lightning_offload.methods.marks import Marks
 from lightning_offload.methods.uses import Recorder, Uses
 
 
@@ -25,6 +25,7 @@ class Arrivals:
     Attributes:
         flights: What is in flight, per unit.
         uses: What is known of the forward.
+        marks: Told of every unit that is entered.
 
     Args:
         module: The model.
@@ -36,6 +37,7 @@ class Arrivals:
     def __init__(self, module: nn.Module, units: Sequence[Unit], lanes: Lanes, uses: Uses | None = None) -> None:
         self.flights = [Flight(unit.index) for unit in units]
         self.uses = Uses()
+        self.marks = Marks(lanes)
         self._module, self._units, self._lanes = module, units, lanes
         self._early: set[int] = set()
         # compiled code may take hooks and weights apart as it likes, and a function mode would break it
@@ -47,7 +49,7 @@ class Arrivals:
     def install(self) -> Iterator[Callable[[], None]]:
         """Hang the hooks on; yields how to take each off."""
         for unit in self._units:
-            hook = _entering(self.flights[unit.index], self._lanes)
+            hook = _entering(self.flights[unit.index], self._lanes, self.marks)
             for module in unit.entry_modules:  # first of all hooks: another one may read the weights
                 yield module.register_forward_pre_hook(hook, prepend=True).remove
 
@@ -92,12 +94,11 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def _entering(flight: Flight, lanes: Lanes) -> Callable[..., None]:
+def _entering(flight: Flight, lanes: Lanes, marks: Marks) -> Callable[..., None]:
     """A plain function: deep copies of the module (weight averaging) share it instead of copying the engine."""
 
     def hook(module: nn.Module, args: Any) -> None:
         flight.land(lanes)
-        if torch._C._current_graph_task_id() == -1:  # else a recomputation within backward
-            lanes.mark("forward", flight.order)
+        marks.unit(flight)
 
     return hook

@@ -14,8 +14,8 @@ It knows nothing of Lightning; ten lines drive it::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,9 +112,12 @@ class Engine:
 
     # What the strategy calls, in the order of a step.
 
-    def micro_batch(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
         """Around one forward of training: each unit waits for its own weights."""
-        return self.arrivals.forward()
+        with self.arrivals.forward():
+            yield
+        self.arrivals.marks.forward_done()
 
     def step(self, clip: Clip | None = None) -> None:
         """Issue one optimizer step with every gradient there is, clipped as ``clip`` says.
@@ -127,11 +130,13 @@ class Engine:
             OffloadError: A parameter became trainable after the engine was attached.
         """
         self._refuse_strangers()
+        self.arrivals.marks.step()
         for part in self.parts:
             part.collect()
         present = [t for t in self.trained if self._part_of[id(t)].has_gradient(t)]
         self.stepping = False
         if not present:
+            self.arrivals.marks.done()
             return
         self._steps += 1
         backward_done = self.lanes.compute()
@@ -145,6 +150,7 @@ class Engine:
             readers = part.update(groups, verdict, backward_done)
             if self._judge is not None:
                 self._judge.readers += readers
+        self.arrivals.marks.done()
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
@@ -313,6 +319,7 @@ class Engine:
 
     def _install(self) -> None:
         self._undo += self.arrivals.install()
+        self.arrivals.marks.expect(self.host.trained)
         for t in self.host.trained:
             self._undo.append(t.parameter.register_post_accumulate_grad_hook(self._gradient_hook(t)).remove)
         flush, adopt = self.flush, self.adopt
@@ -325,9 +332,10 @@ class Engine:
 
     def _gradient_hook(self, trained: Trained) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
-            if self.gradients_visible or not (self.stepping or self.method.settings.accumulate == "host"):
-                return
-            self.host.gradient_ready(trained, frozen_groups(self.optimizer) if self._eager else None)
+            leaves = self.stepping or self.method.settings.accumulate == "host"
+            if leaves and not self.gradients_visible:
+                self.host.gradient_ready(trained, frozen_groups(self.optimizer) if self._eager else None)
+            self.arrivals.marks.gradient(trained)
 
         return hook
 

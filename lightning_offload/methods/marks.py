@@ -1,0 +1,63 @@
+"""Which unit compute is working for, as far as hooks can tell: what a timeline shows of the compute lane."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from lightning_offload.memory.lanes import Lanes
+from lightning_offload.methods.base import Flight, Trained
+
+
+class Marks:
+    """Tells the lanes where forward, backward and step of each unit begin; orders nothing.
+
+    A forward is seen at the door of each unit. Backward is seen only through the gradients that are offloaded: it
+    has reached a unit when the first of them arrives, and leaves it for the unit before when the last has.
+    """
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._expected: Counter[int] = Counter()  # gradients of one backward, per unit
+        self._arrived: Counter[int] = Counter()
+        self._now = ("", -1)
+
+    def expect(self, trained: Iterable[Trained]) -> None:
+        """These gradients will be told of."""
+        self._expected = Counter(t.unit.index for t in trained)
+
+    def unit(self, flight: Flight) -> None:
+        """A call of the unit begins; inside backward it is a recomputation."""
+        if torch._C._current_graph_task_id() != -1:
+            self._mark("backward", flight.order)
+            return
+        if self._now[0] != "forward":
+            self._arrived.clear()
+        self._mark("forward", flight.order)
+
+    def forward_done(self) -> None:
+        """Backward follows, and begins where forward ended; nothing to say where it has already been."""
+        if self._now[0] == "forward":
+            self._mark("backward", self._now[1])
+
+    def gradient(self, trained: Trained) -> None:
+        """A gradient has arrived and has been taken."""
+        index, order = trained.unit.index, trained.flight.order
+        self._arrived[index] += 1
+        if order > 0:  # else its place is not known
+            left = order - (self._arrived[index] >= self._expected[index])
+            self._mark(*(("backward", left) if left else ("", -1)))
+
+    def step(self) -> None:
+        """The compute lane's part of the optimizer step begins."""
+        self._mark("step", -1)
+
+    def done(self) -> None:
+        """Nothing is issued until somebody says so."""
+        self._mark("", -1)
+
+    def _mark(self, kind: str, order: int) -> None:
+        self._now = (kind, order)
+        self._lanes.mark(kind, order)
