@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_offload.memory.blocks import Unit
@@ -49,7 +50,7 @@ class Arrivals:
     def install(self) -> Iterator[Callable[[], None]]:
         """Hang the hooks on; yields how to take each off."""
         for unit in self._units:
-            hook = _entering(self.flights[unit.index], self._lanes, self.marks)
+            hook = _entering(self, self.flights[unit.index])
             for module in unit.entry_modules:  # first of all hooks: another one may read the weights
                 yield module.register_forward_pre_hook(hook, prepend=True).remove
 
@@ -68,6 +69,11 @@ class Arrivals:
             yield
         self._learned = True
         self._learn(recorder.uses(self._module))
+
+    def enter(self, flight: Flight, *, recomputed: bool) -> None:
+        """A module that needs the unit's weights is about to run; in backward it is a recomputation."""
+        flight.land(self._lanes)
+        self.marks.unit(flight, recomputed=recomputed)
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
@@ -94,11 +100,10 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def _entering(flight: Flight, lanes: Lanes, marks: Marks) -> Callable[..., None]:
+def _entering(arrivals: Arrivals, flight: Flight) -> Callable[..., None]:
     """A plain function: deep copies of the module (weight averaging) share it instead of copying the engine."""
 
     def hook(module: nn.Module, args: Any) -> None:
-        flight.land(lanes)
-        marks.unit(flight)
+        arrivals.enter(flight, recomputed=torch._C._current_graph_task_id() != -1)
 
     return hook

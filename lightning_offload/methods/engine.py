@@ -119,6 +119,13 @@ class Engine:
             yield
         self.arrivals.marks.forward_done()
 
+    def gradient_arrived(self, trained: Trained) -> None:
+        """Backward has put a gradient into ``p.grad``; it leaves if it is complete and nobody looks at it."""
+        leaves = self.stepping or self.method.settings.accumulate == "host"
+        if leaves and not self.gradients_visible:
+            self.host.gradient_ready(trained, frozen_groups(self.optimizer) if self._eager else None)
+        self.arrivals.marks.gradient(trained)
+
     def step(self, clip: Clip | None = None) -> None:
         """Issue one optimizer step with every gradient there is, clipped as ``clip`` says.
 
@@ -331,13 +338,7 @@ class Engine:
         self._refuse_new_groups()
 
     def _gradient_hook(self, trained: Trained) -> Callable[[Tensor], None]:
-        def hook(_: Tensor) -> None:
-            leaves = self.stepping or self.method.settings.accumulate == "host"
-            if leaves and not self.gradients_visible:
-                self.host.gradient_ready(trained, frozen_groups(self.optimizer) if self._eager else None)
-            self.arrivals.marks.gradient(trained)
-
-        return hook
+        return lambda _: self.gradient_arrived(trained)
 
     @property
     def _eager(self) -> bool:
