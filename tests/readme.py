@@ -25,6 +25,8 @@ TREE = {
     "lightning_offload/memory/host_limits.py": "host memory, cgroup, lockable memory, cores, NUMA nodes",
     "lightning_offload/memory/device_limits.py": "device memory, its link and node, and a cap on it",
     "lightning_offload/memory/rates.py": "`Rates`: how fast a machine is, given or measured",
+    "lightning_offload/memory/calibrate.py": "measures those rates, in two seconds",
+    "lightning_offload/memory/kept.py": "a JSON file in the user's cache folder",
     "lightning_offload/methods/base.py": "settings, dtypes, and what a method implements",
     "lightning_offload/methods/engine.py": "hangs a method on a module and drives it through steps",
     "lightning_offload/methods/arrivals.py": "whose new weights compute waits for, and when",

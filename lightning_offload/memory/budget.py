@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from lightning_offload.memory.host_limits import (
 )
 from lightning_offload.memory.rates import Rates
 
-__all__ = ["GIB", "Machine", "cap_device"]
+__all__ = ["GIB", "Machine", "cap_device", "machine_from"]
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,43 @@ class Machine:
         if on_misfit == "error":
             raise HostMemoryError(f"{message}. on_misfit='warn' tries all the same.")
         warnings.warn(f"{message}. Trying all the same (on_misfit='warn').", stacklevel=2)
+
+
+def machine_from(hardware: Mapping[str, Any], device: torch.device | str | None = None) -> Machine:
+    """The machine that a hardware file means: as described where it gives rates, else this one, measured.
+
+    Args:
+        hardware: ``name``, ``device_type``, ``device_gib``, ``host_gib``, ``cores``, ``link``, ``rates``; what this
+            machine is to be found out for may be None or left out.
+        device: Where this machine would compute; by default the file's device type, else CUDA where there is one. Not
+            looked at where the file describes a machine.
+
+    Raises:
+        ValueError: A description that is not complete, or not of a machine.
+    """
+    given = {key: value for key, value in hardware.items() if value is not None and value != "???"}
+    name = str(given.get("name", "auto"))
+    rates = given.get("rates")
+    if rates is not None:
+        return _described(name, given, Rates.from_mapping(rates, of=f"hardware={name}"))
+    device = device or given.get("device_type") or ("cuda" if torch.cuda.is_available() else "cpu")
+    machine = Machine.detect(device)
+    machine = replace(machine, name=name, rates=Rates.cached(machine, device))
+    return machine.capped(
+        device_bytes=_bytes("hardware.device_gib", given["device_gib"]) if "device_gib" in given else None,
+        host_bytes=_bytes("hardware.host_gib", given["host_gib"]) if "host_gib" in given else None,
+    )
+
+
+def _described(name: str, given: Mapping[str, Any], rates: Rates) -> Machine:
+    needed = ["device_type", "host_gib", "cores"]
+    if given.get("device_type") != "cpu":
+        needed.append("device_gib")
+    missing = [f"`hardware.{key}`" for key in needed if key not in given]
+    if missing:
+        raise ValueError(f"hardware={name} gives rates, but not {', '.join(missing)}; give all of them, or rates=null")
+    known = ("device_type", "device_gib", "host_gib", "cores", "link")
+    return Machine.described(name=name, rates=rates, **{key: given[key] for key in known if key in given})
 
 
 def _bytes(name: str, gib: Any) -> int:

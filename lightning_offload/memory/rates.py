@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_offload.memory.calibrate import measure
+from lightning_offload.memory.host_limits import cpu_model
+from lightning_offload.memory.kept import KeptJson
+
+if TYPE_CHECKING:
+    from lightning_offload.memory.budget import Machine
+
+log = logging.getLogger(__name__)
+
+_measured_here: dict[str, Rates] = {}
+"""By key: a cache that cannot be written does not make a process measure twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +81,65 @@ class Rates:
         if missing:
             raise ValueError(f"{of} gives some rates, but not {', '.join(missing)}; give all of them, or rates=null")
         return cls(**given)  # type: ignore[arg-type]  # checked by __post_init__
+
+    @classmethod
+    def measured(cls, device: torch.device | str = "cpu", *, host_threads: int | None = None) -> Rates:
+        """Measures this machine, which takes about two seconds.
+
+        Args:
+            device: Where compute happens. On the CPU the link's rates are those of copies within host memory.
+            host_threads: Threads that will sweep host memory; by default as many as torch uses.
+        """
+        return cls(**measure(device, host_threads or torch.get_num_threads()))
+
+    @classmethod
+    def cached(cls, machine: Machine, device: torch.device | str | None = None) -> Rates:
+        """The rates of this machine: from the user's cache folder, else measured and kept there.
+
+        A cache that is damaged or cannot be written is never an error: the machine is measured, and the log says why.
+
+        Args:
+            machine: This machine, as ``Machine.detect`` found it.
+            device: Where compute happens, if not on the first device of the machine's type.
+        """
+        kept = KeptJson("rates.json")
+        key = _key(machine)
+        if key not in _measured_here:
+            _measured_here[key] = cls._recalled(kept, key) or cls._measured_and_kept(kept, key, machine, device)
+        return _measured_here[key]
+
+    @classmethod
+    def is_cached(cls, machine: Machine) -> bool:
+        """Whether ``cached`` answers without measuring."""
+        key = _key(machine)
+        return key in _measured_here or cls._recalled(KeptJson("rates.json"), key) is not None
+
+    @classmethod
+    def _recalled(cls, kept: KeptJson, key: str) -> Rates | None:
+        try:
+            entry = kept.read().get(key)
+            return None if entry is None else cls.from_mapping(entry, of="the cache")
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            log.warning("cannot use the rates kept in %s (%s): measuring again", kept.path, error)
+            return None
+
+    @classmethod
+    def _measured_and_kept(cls, kept: KeptJson, key: str, machine: Machine, device: torch.device | str | None) -> Rates:
+        log.info("measuring this machine, about 2 s; kept in %s", kept.path)
+        rates = cls.measured(device or machine.device_type, host_threads=_host_threads(machine))
+        try:
+            kept.add(key, asdict(rates))
+        except OSError as error:
+            log.warning("the rates cannot be kept in %s (%s): the next run measures again", kept.path, error)
+        return rates
+
+
+def _host_threads(machine: Machine) -> int:
+    """The CPU as the device computes with all of torch's threads; beside a GPU the host worker has its own."""
+    return machine.torch_threads if machine.device_type == "cpu" else machine.host_threads
+
+
+def _key(machine: Machine) -> str:
+    """What rates depend on."""
+    threads = f"{machine.torch_threads}+{_host_threads(machine)} threads"
+    return " | ".join([machine.device_type, machine.device_name, f"torch {torch.__version__}", threads, cpu_model()])
