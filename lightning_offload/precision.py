@@ -105,8 +105,8 @@ class OffloadPrecision(Precision):
         Raises:
             ValueError: The method cannot work with one that was asked for, naming the argument.
         """
-        compute = torch.bfloat16 if self.precision == "bf16-true" else None
-        supported = {"master": torch.float32, "moments": torch.float32, "wire": compute or torch.float32}
+        dtypes = DTypes.of(self.precision)
+        supported = {"master": torch.float32, "moments": torch.float32, "wire": dtypes.compute or torch.float32}
         for name, only in supported.items():
             if self._asked[name] not in (None, only):
                 raise ValueError(
@@ -118,7 +118,7 @@ class OffloadPrecision(Precision):
                 f"`OffloadPrecision(rounding={self._rounding!r})` is not supported by method `{method}`, which keeps "
                 "fp32 masters; it must be 'nearest'."
             )
-        return DTypes(compute=compute)
+        return dtypes
 
     def use_device(self, device: torch.device) -> None:
         """Tell where autocast happens; the Trainer knows it only after the plugin is made."""

@@ -173,6 +173,11 @@ class AsyncLanes:
         self._scratch: dict[torch.dtype, Tensor] = {}
         self.ledger.on_trace = self.streams.keep_clock
 
+    @property
+    def shares_memory(self) -> bool:
+        """See ``Lanes.shares_memory``."""
+        return self.device.type == "cpu"
+
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """See ``Lanes.buffers``."""
         with torch.inference_mode(False):

@@ -47,6 +47,11 @@ class Lanes(Protocol):
     memory: HostMemory
     ledger: Ledger
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the device's memory is the host's own."""
+        ...
+
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """One flat tensor per entry of ``sizes`` (elements), for the engine alone; host places are exact in size.
 
@@ -159,6 +164,11 @@ class InlineLanes:
         self.memory = memory
         self.ledger = Ledger()
         self._scratch: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def shares_memory(self) -> bool:
+        """See ``Lanes.shares_memory``."""
+        return self.device.type == "cpu"
 
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """See ``Lanes.buffers``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -27,6 +28,8 @@ class CommonSettings:
             parity with plain AdamW on NaN.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: What to do when the host arenas cannot fit: ``"error"`` or ``"warn"``.
+        max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
+        max_host_gib: Host memory that the arenas stay within, as if the machine had no more.
     """
 
     min_numel: int = 4096
@@ -36,6 +39,8 @@ class CommonSettings:
     skip_nonfinite: bool = True
     max_skips: int = 10
     on_misfit: Literal["error", "warn"] = "error"
+    max_device_gib: float | None = None
+    max_host_gib: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the setting."""
@@ -51,6 +56,9 @@ class CommonSettings:
         require(isinstance(self.skip_nonfinite, bool), "skip_nonfinite", self.skip_nonfinite, "true or false")
         require(isinstance(self.max_skips, int) and self.max_skips >= 0, "max_skips", self.max_skips, "an integer >= 0")
         require(self.on_misfit in ("error", "warn"), "on_misfit", self.on_misfit, "'error' or 'warn'")
+        for name, gib in (("max_device_gib", self.max_device_gib), ("max_host_gib", self.max_host_gib)):
+            holds = gib is None or (isinstance(gib, int | float) and not isinstance(gib, bool) and 0 < gib < math.inf)
+            require(holds, name, gib, "a positive number of GiB, or None")
 
 
 Groups = Sequence[Mapping[str, Any]]
@@ -80,6 +88,11 @@ class DTypes:
     wire: torch.dtype | None = None
     moments: torch.dtype = torch.float32
     rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    @classmethod
+    def of(cls, precision: str) -> DTypes:
+        """The dtypes of a precision by Lightning's name: ``bf16-true`` computes in bf16, the others as weights are."""
+        return cls(compute=torch.bfloat16 if precision == "bf16-true" else None)
 
 
 @dataclass(frozen=True)

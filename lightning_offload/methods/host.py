@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.memory.lanes import Event, Lanes, nbytes
 from lightning_offload.memory.slots import Ring
 from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
 from lightning_offload.methods.homes import Home, UnitHomes, host_step, load_state, settle, weight_dtype
@@ -121,6 +121,18 @@ class HostOptimizer:
             )
         self._forget()
         return readers
+
+    @property
+    def holdings(self) -> dict[str, int]:
+        """Bytes in host memory by what they hold."""
+        homes = self._home.values()
+        held = {
+            "masters": [home.master for home in homes],
+            "optimizer state": [state for home in homes for state in home.states.values()],
+            "wire (gradients down, weights up)": [home.wire for home in homes],
+            "sums over micro-batches": [home.total for home in homes if home.total is not None],
+        }
+        return {name: nbytes(tensors) for name, tensors in held.items() if tensors}
 
     @property
     def ring_bytes(self) -> int:
@@ -229,7 +241,7 @@ class HostOptimizer:
     def _make_ring(self, dtype: torch.dtype) -> Ring:
         """Device buffers for about one block's gradients, so that compute never waits for the link within a block."""
         homes = [home for home in self._home.values() if home.wire.dtype == dtype]
-        bound = SLOT_NUMEL if self._lanes.device.type == "cuda" else min(SLOT_NUMEL, CPU_SLOT_NUMEL)
+        bound = min(SLOT_NUMEL, CPU_SLOT_NUMEL) if self._lanes.shares_memory else SLOT_NUMEL
         slot = min(max(home.wire.numel() for home in homes), bound)
         largest = max(sum(home.wire.numel() for home in unit.homes) for unit in self._units)
         return Ring(self._lanes, f"gradients.{dtype}", slot, dtype, min(max(-(-largest // slot), 2), 8))
