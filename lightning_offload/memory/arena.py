@@ -114,10 +114,14 @@ class HostMemory:
     Args:
         pin: ``"auto"`` pins where CUDA is available, True also warns where it is not, False never pins.
         machine: What may be locked; detected by default.
+        cap_bytes: What all regions together stay within; None is as far as the system goes.
     """
 
-    def __init__(self, *, pin: bool | Literal["auto"] = "auto", machine: Machine | None = None) -> None:
+    def __init__(
+        self, *, pin: bool | Literal["auto"] = "auto", machine: Machine | None = None, cap_bytes: int | None = None
+    ) -> None:
         self._regions: dict[str, Region] = {}
+        self._cap_bytes = cap_bytes
         self._machine = machine or Machine.detect()
         self._lockable_bytes = self._machine.lockable_bytes
         self._pins = _Pins(torch.cuda.cudart()) if pin and torch.cuda.is_available() else None
@@ -133,9 +137,10 @@ class HostMemory:
         """Maps a region of exactly ``nbytes``, zeroed, and pins it where ``pinned`` and the machine allow.
 
         Raises:
-            HostMemoryError: The system refuses the mapping.
+            HostMemoryError: The system refuses the mapping, or it goes beyond the cap; nothing is allocated.
         """
         assert name not in self._regions, f"two regions are called {name!r}"
+        self._check_cap(name, aligned(nbytes, mmap.PAGESIZE))
         try:
             region = Region(name, nbytes)
         except OSError as error:
@@ -167,6 +172,15 @@ class HostMemory:
         for region in self._regions.values():
             region.pinned = False
         self._regions.clear()
+
+    def _check_cap(self, name: str, nbytes: int) -> None:
+        held = self.report().allocated_bytes
+        if self._cap_bytes is not None and held + nbytes > self._cap_bytes:
+            raise HostMemoryError(
+                f"{name!r} needs {nbytes / GIB:.2f} GiB of host memory beside {held / GIB:.2f} GiB held already, but "
+                f"max_host_gib keeps the run within {self._cap_bytes / GIB:.2f} GiB; use a smaller model or a method "
+                "that keeps less on the host, or raise max_host_gib"
+            )
 
     def _pin(self, region: Region, pins: _Pins) -> None:
         locked = self.report().locked_bytes

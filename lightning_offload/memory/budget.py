@@ -184,10 +184,12 @@ class Machine:
         """The same machine as if it had no more than this; what it has less of stays as it is.
 
         Args:
-            device_bytes: Of the device, the CUDA context and what this process already holds included.
+            device_bytes: Of a CUDA device, the context and what this process already holds included. The CPU has the
+                host's memory, and ``host_bytes`` of it.
             host_bytes: Of the host, for what is still to be allocated.
         """
         machine = self
+        device_bytes = host_bytes if self.device_type == "cpu" else device_bytes
         if device_bytes is not None:
             held = self.device_budget_bytes - self.device_free_bytes
             machine = replace(

@@ -310,7 +310,8 @@ class Engine:
         if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made
             moving = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.device.type == "cpu")
         machine.require_host(
-            max(self.host_bytes(offloaded) - moving, 0),
+            self.host_bytes(offloaded),
+            freed_bytes=moving,
             what=f"method `{self.method.name}` on {sum(t.parameter.numel() for t in offloaded):,} parameters",
             on_misfit=self.method.settings.on_misfit,
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -277,6 +278,28 @@ def test_pin_true_without_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="pin_memory=True, but CUDA is not available"):
         HostMemory(pin=True)
+
+
+@given(st.lists(st.integers(0, 20 * PAGE), max_size=12), st.integers(0, 100 * PAGE))
+def test_regions_never_take_more_than_the_cap(sizes: list[int], cap: int) -> None:
+    memory = HostMemory(pin=False, cap_bytes=cap)
+    for index, size in enumerate(sizes):
+        held = memory.report().allocated_bytes
+        fits = held + aligned(size, PAGE) <= cap
+        with nullcontext() if fits else pytest.raises(HostMemoryError, match=f"'r{index}' needs"):
+            memory.region(f"r{index}", size, pinned=False)
+        assert memory.report().allocated_bytes == (held + aligned(size, PAGE) if fits else held)
+        assert memory.report().allocated_bytes <= cap
+
+
+def test_a_region_beyond_the_cap_is_refused_before_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(pin=False, cap_bytes=GIB)
+    memory.region("a", GIB // 2, pinned=False)
+    monkeypatch.setattr(arena.mmap, "mmap", lambda *_: pytest.fail("mapped"))
+    message = r"'b' needs 0\.75 GiB .* beside 0\.50 GiB held already, but max_host_gib .* within 1\.00 GiB"
+    with pytest.raises(HostMemoryError, match=message):
+        memory.region("b", 3 * GIB // 4, pinned=False)
+    assert list(memory.report().by_name) == ["a"]
 
 
 @pytest.mark.gpu

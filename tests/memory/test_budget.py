@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lightning_offload.errors import HostMemoryError
 from lightning_offload.memory import device_limits, host_limits
-from lightning_offload.memory.budget import GIB, Machine
+from lightning_offload.memory.budget import GIB, Machine, cap_device
 from lightning_offload.memory.device_limits import CONTEXT_BYTES
 from lightning_offload.memory.rates import Rates
 
@@ -343,6 +343,8 @@ def test_a_described_cpu_has_the_hosts_memory_only() -> None:
     machine = described("cpu", link="host memory")
     assert machine.device_total_bytes == machine.device_free_bytes == 64 * GIB
     assert machine.context_bytes == 0
+    small = machine.capped(device_bytes=1, host_bytes=3 * GIB)
+    assert small.device_total_bytes == small.device_free_bytes == small.host_total_bytes == 3 * GIB
 
 
 @pytest.mark.parametrize(
@@ -404,6 +406,50 @@ def test_memory_given_back_meanwhile_counts_but_never_beyond_the_total() -> None
     machine.require_host(11 * GIB, what="it", freed_bytes=GIB)
     with pytest.raises(HostMemoryError, match=r"needs 12\.50 GiB.* 12\.00 GiB is available"):
         machine.require_host(25 * GIB // 2, what="it", freed_bytes=5 * GIB)
+
+
+@pytest.fixture
+def fraction(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    return set_allocator(monkeypatch)
+
+
+def set_allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What torch's allocator was told, on a card of 16 GiB with a context of 0.75 GiB."""
+    set_card(monkeypatch, free=14 * GIB, total=16 * GIB, reserved=5 * GIB // 4)
+    told = {"now": 1.0}
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: told["now"])
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: told.update(now=fraction)
+    )
+    return told
+
+
+def test_a_device_cap_leaves_out_the_context_and_is_undone(tree: Path, fraction: dict[str, float]) -> None:
+    undo = cap_device("cuda:0", 4.75)
+    assert fraction["now"] == 4 / 16
+    undo()
+    assert fraction["now"] == 1.0
+
+
+@given(st.floats(0.76, 100.0))
+def test_the_allocators_share_and_the_context_never_exceed_the_cap(gib: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        told = set_allocator(patch)
+        cap_device("cuda:0", gib)
+        assert int(told["now"] * 16 * GIB) + 3 * GIB // 4 <= max(gib * GIB, 16 * GIB if gib > 16.75 else 0)
+        assert 0 < told["now"] <= 1
+
+
+def test_a_cap_below_the_context_is_refused(tree: Path, fraction: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"`max_device_gib` must be more than the 0\.75 GiB that CUDA .*got 0\.5"):
+        cap_device("cuda:0", 0.5)
+    assert fraction["now"] == 1.0
+
+
+@pytest.mark.parametrize(("device", "gib"), [("cpu", 1.0), ("cuda:0", None)])
+def test_without_a_cap_or_a_gpu_nothing_is_told(fraction: dict[str, float], device: str, gib: float | None) -> None:
+    cap_device(device, gib)()
+    assert fraction["now"] == 1.0
 
 
 def test_the_real_machine_is_plausible_and_cuda_stays_untouched() -> None:
