@@ -12,6 +12,7 @@ from lightning_offload.mixins import OffloadMixin
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.registry import register
 from lightning_offload.strategies import FullOffloadStrategy
+from lightning_offload.tracing import OffloadTimeline
 
 if TYPE_CHECKING:
     from lightning_offload.export import export_to_hf
@@ -23,6 +24,7 @@ __all__ = [
     "OffloadPrecision",
     "OffloadStats",
     "OffloadSummary",
+    "OffloadTimeline",
     "export_to_hf",
     "register",
 ]

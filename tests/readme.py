@@ -44,6 +44,8 @@ TREE = {
     "lightning_offload/mixins.py": "manual optimization with the same bits",
     "lightning_offload/checkpoint.py": "streaming, atomic checkpoints",
     "lightning_offload/callbacks.py": "`OffloadStats`, `OffloadSummary`",
+    "lightning_offload/tracing.py": "`OffloadTimeline`: a few steps traced, all of them against the plan",
+    "lightning_offload/timeline.py": "what lanes did: `timeline.png`, a Perfetto trace, the table against the plan",
     "lightning_offload/registry.py": "makes the names known to Lightning",
     "lightning_offload/errors.py": "the few exceptions",
     "lightning_offload/export.py": "a Hugging Face folder, checked by its logits",
