@@ -20,6 +20,37 @@ class Named:
 
 
 @dataclass
+class Rates:
+    """`lightning_offload.memory.rates.Rates`: all of them, or none."""
+
+    fp32_tflops: float | None = None
+    bf16_tflops: float | None = None
+    device_gb_per_s: float | None = None
+    h2d_gb_per_s: float | None = None
+    d2h_gb_per_s: float | None = None
+    duplex: float | None = None
+    pageable_gb_per_s: float | None = None
+    host_gb_per_s: float | None = None
+    op_us: float | None = None
+
+
+@dataclass
+class Hardware:
+    """What `lightning_offload.memory.budget.machine_from` takes; without rates this machine is meant and measured.
+
+    A real run stays within `device_gib` and `host_gib`.
+    """
+
+    name: str = MISSING
+    device_type: str | None = None
+    device_gib: float | None = None
+    host_gib: float | None = None
+    cores: int | None = None
+    link: str | None = None
+    rates: Rates | None = field(default_factory=Rates)
+
+
+@dataclass
 class Running:
     """What the commands with a Trainer share."""
 
@@ -31,7 +62,7 @@ class Running:
     trainer: Any = MISSING
     precision: Any = MISSING
     method: Named = field(default_factory=Named)
-    hardware: Named = field(default_factory=Named)
+    hardware: Hardware = field(default_factory=Hardware)
 
 
 @dataclass

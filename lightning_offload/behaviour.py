@@ -25,7 +25,7 @@ from typing_extensions import override
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
 from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.arena import HostMemory
-from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.budget import Machine, cap_device
 from lightning_offload.memory.cuda import cuda_lanes
 from lightning_offload.memory.lanes import InlineLanes, Lanes
 from lightning_offload.methods.engine import GRADIENTS, Engine
@@ -55,6 +55,7 @@ class OffloadBehaviour(Strategy):
     _adopt_due = False
     _pending: Mapping[str, Tensor] = {}
     _torn = False
+    _uncap: Callable[[], None] | None = None
 
     # Precision and checkpoints: whatever the Trainer brings becomes ours.
 
@@ -109,6 +110,7 @@ class OffloadBehaviour(Strategy):
         self.accelerator.setup(trainer)
         self.precision_plugin.use_device(self.root_device)
         self._detach()
+        self._cap_device()
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
             self.engine, self._torn = None, False
             self.setup_optimizers(trainer)
@@ -145,7 +147,10 @@ class OffloadBehaviour(Strategy):
                 "is. Set `min_numel=0` to offload everything."
             )
             return
-        machine = Machine.detect(self.root_device)
+        asked = method.settings
+        machine = Machine.detect(self.root_device).capped(
+            device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes
+        )
         parameters = list(module.parameters())
         accumulates = self._accumulates(trainer, module)
         method.settings, reasons = method.resolve(parameters, machine, accumulates=accumulates)
@@ -161,6 +166,21 @@ class OffloadBehaviour(Strategy):
             expects_clip=bool(self._expected_clip(trainer, module)),
         )
         self._look_for_readers(trainer, module)
+
+    def _cap_device(self) -> None:
+        gib = self.settings.max_device_gib
+        if gib is not None and self.root_device.type == "cpu":
+            rank_zero_warn(
+                f"`max_device_gib={gib:g}` has no effect: the CPU is the device, and its memory is the host's "
+                "(`max_host_gib`)."
+            )
+        self._lift_device_cap()  # of a setup that no teardown followed
+        self._uncap = cap_device(self.root_device, gib)
+
+    def _lift_device_cap(self) -> None:
+        if self._uncap is not None:
+            self._uncap()
+        self._uncap = None
 
     def _look_for_readers(self, trainer: Trainer, module: LightningModule) -> None:
         """Before anything runs: the sanity check's hooks may write weights already."""
@@ -193,9 +213,10 @@ class OffloadBehaviour(Strategy):
         return any(parameter.numel() >= method.settings.min_numel for parameter in trained)
 
     def _make_lanes(self, machine: Machine, settings: FullSettings) -> Lanes:
+        cap = settings.max_host_bytes
         if self.root_device.type == "cpu":
-            return InlineLanes(HostMemory(pin=False), self.root_device)
-        memory = HostMemory(pin=settings.pin_memory, machine=machine)
+            return InlineLanes(HostMemory(pin=False, cap_bytes=cap), self.root_device)
+        memory = HostMemory(pin=settings.pin_memory, machine=machine, cap_bytes=cap)
         threads = settings.host_threads
         return cuda_lanes(memory, self.root_device, threads if isinstance(threads, int) else None)
 
@@ -301,6 +322,7 @@ class OffloadBehaviour(Strategy):
     def teardown(self) -> None:
         self._detach()
         super().teardown()
+        self._lift_device_cap()
 
     def _flush(self) -> None:
         if self.engine is not None:
@@ -361,7 +383,7 @@ class OffloadBehaviour(Strategy):
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""
-        return super().__getstate__() | {"engine": None}
+        return super().__getstate__() | {"engine": None, "_uncap": None}
 
 
 def _mixin_settings(module: LightningModule) -> Mapping[str, Any]:

@@ -111,6 +111,8 @@ class FullOffloadStrategy(OneDevice):
         skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
+        max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
+        max_host_gib: Host memory that the arenas stay within, as if the machine had no more.
         accelerator: As for every Lightning strategy.
         checkpoint_io: As for every Lightning strategy; the default streams to disk.
         precision_plugin: An ``OffloadPrecision``, to choose dtypes one by one.
@@ -132,6 +134,8 @@ class FullOffloadStrategy(OneDevice):
         skip_nonfinite: bool = True,
         max_skips: int = 10,
         on_misfit: Literal["error", "warn"] = "error",
+        max_device_gib: float | None = None,
+        max_host_gib: float | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -145,6 +149,8 @@ class FullOffloadStrategy(OneDevice):
             skip_nonfinite=skip_nonfinite,
             max_skips=max_skips,
             on_misfit=on_misfit,
+            max_device_gib=max_device_gib,
+            max_host_gib=max_host_gib,
         )
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
 

@@ -151,7 +151,7 @@ def trainer_from(cfg: DictConfig) -> L.Trainer:
     return instantiate(cfg.trainer, **groups, _convert_="all")
 
 
-@pytest.mark.parametrize("group", ["debug", "callbacks", "logger", "trainer", "hardware", "method", "precision"])
+@pytest.mark.parametrize("group", ["debug", "callbacks", "logger", "trainer", "method", "precision"])
 def test_trainers_are_built(group: str) -> None:
     for option in GROUPS[group]:
         if (group, option) == ("logger", "tensorboard"):

@@ -280,8 +280,8 @@ def machine_from(hardware: Mapping[str, Any], device: torch.device | str | None 
     """
     given = {key: value for key, value in hardware.items() if value is not None and value != "???"}
     name = str(given.get("name", "auto"))
-    rates = given.get("rates")
-    if rates is not None:
+    rates = given.get("rates") or {}
+    if any(rate is not None for rate in rates.values()):
         return _described(name, given, Rates.from_mapping(rates, of=f"hardware={name}"))
     device = device or given.get("device_type") or ("cuda" if torch.cuda.is_available() else "cpu")
     machine = Machine.detect(device)

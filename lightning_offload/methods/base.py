@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.blocks import Unit
+from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.lanes import Event, Lanes
 
 
@@ -59,6 +60,16 @@ class CommonSettings:
         for name, gib in (("max_device_gib", self.max_device_gib), ("max_host_gib", self.max_host_gib)):
             holds = gib is None or (isinstance(gib, int | float) and not isinstance(gib, bool) and 0 < gib < math.inf)
             require(holds, name, gib, "a positive number of GiB, or None")
+
+    @property
+    def max_device_bytes(self) -> int | None:
+        """``max_device_gib`` in bytes."""
+        return None if self.max_device_gib is None else int(self.max_device_gib * GIB)
+
+    @property
+    def max_host_bytes(self) -> int | None:
+        """``max_host_gib`` in bytes."""
+        return None if self.max_host_gib is None else int(self.max_host_gib * GIB)
 
 
 Groups = Sequence[Mapping[str, Any]]

@@ -213,7 +213,7 @@ def test_a_hardware_file_with_rates_is_a_described_machine(folder: Path, measure
 
 
 def test_a_hardware_file_without_rates_is_this_machine_measured(folder: Path, measured: list[Any]) -> None:
-    nothing = dict.fromkeys(["device_gib", "host_gib", "cores", "link", "rates"])
+    nothing = dict.fromkeys(["device_gib", "host_gib", "cores", "link"]) | {"rates": dict.fromkeys(NAMES)}
     machine = machine_from({"name": "cpu", "device_type": "cpu"} | nothing)
     assert (machine.name, machine.device_type, machine.link) == ("cpu", "cpu", "host memory")
     assert machine.rates == Rates(**GIVEN | {"op_us": 1.0})
