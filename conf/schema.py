@@ -97,8 +97,23 @@ class Export:
     max_shard_gib: float = 2.0
 
 
+@dataclass
+class Bench:
+    """`lightning-offload bench`."""
+
+    sections: list[str] | None = None
+    models: list[str] = MISSING
+    batch: int = MISSING
+    length: int = MISSING
+    numel: int = MISSING
+    rounds: int = MISSING
+    training_rounds: int = MISSING
+    steps: int = MISSING
+    output: str | None = None
+
+
 def register() -> None:
     """Make the schemas known to Hydra, as the first entry of each command's defaults list."""
     store = ConfigStore.instance()
-    for schema in (Train, Evaluate, Export):
+    for schema in (Train, Evaluate, Export, Bench):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

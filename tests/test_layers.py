@@ -48,8 +48,11 @@ RULES = {
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
-    "benchmarks": May("errors numerics memory methods strategies", "torch lightning"),
-    "training_benchmark": May("benchmarks memory strategies text", "torch lightning", "yaml"),
+    "bench": May(
+        "errors memory methods behaviour strategies text",
+        "torch lightning typing_extensions",
+        "yaml torchao galore_torch peft",
+    ),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets"),
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),

@@ -1,0 +1,10 @@
+"""What this machine can do and what the methods make of it: ``lightning-offload bench``.
+
+Each section compares arms that run in turns, round by round in one process: absolute times of a shared machine mean
+little, ratios within a round do.
+"""
+
+from lightning_offload.bench.report import Report, Row, Table
+from lightning_offload.bench.sections import SECTIONS, BenchSettings, run_bench
+
+__all__ = ["SECTIONS", "BenchSettings", "Report", "Row", "Table", "run_bench"]

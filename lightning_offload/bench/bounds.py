@@ -1,0 +1,69 @@
+"""The least a step can take: counted arithmetic and bytes over measured rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_offload.memory.rates import Rates
+
+BYTES_FUSED = 28
+"""Memory traffic of one AdamW step per parameter: gradient read, master and two moments read and written.
+
+The same with 16-bit gradients and weights: two bytes less to read, two more to write.
+"""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one step has to do.
+
+    Attributes:
+        forward_flops: Matrix products of the forward pass.
+        backward_flops: Those of the backward pass, what it computes again included.
+        parameters: Trained elements.
+        wire_bytes: Of one element on the link.
+    """
+
+    forward_flops: float
+    backward_flops: float
+    parameters: int
+    wire_bytes: int = 2
+
+    @classmethod
+    def of(cls, network: nn.Module, *, batch: int, length: int, recompute: bool, wire_bytes: int = 2) -> Counts:
+        """Of a causal language model of transformers, by its shape (the meta device will do).
+
+        Matrix products alone: every weight matrix that is not an embedding, of experts those that a token takes, and
+        attention among the tokens before.
+        """
+        config: Any = network.config
+        experts = getattr(config, "num_local_experts", 1)
+        share = getattr(config, "num_experts_per_tok", 1) / experts
+        matrices = 0.0
+        for module in network.modules():
+            if isinstance(module, nn.Embedding):
+                continue
+            for weight in module.parameters(recurse=False):
+                matrices += weight.numel() * (1.0 if weight.ndim == 2 else share if weight.ndim == 3 else 0.0)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attended = config.num_hidden_layers * config.num_attention_heads * width * (length + 1)
+        forward = batch * length * (2 * matrices + 2 * attended)
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        return cls(forward, (3 if recompute else 2) * forward, trained, wire_bytes)
+
+
+def full_bound_s(counts: Counts, rates: Rates) -> float:
+    """Bound of ``full`` in seconds: ``T_bwd + max(T_fwd, T_host)``, and no lane less than its own work.
+
+    The host steps when the last norm is known, so after the backward pass; it and the weights on their way up hide
+    under the next forward.
+    """
+    flops_per_s = 1e12 * (rates.bf16_tflops if counts.wire_bytes == 2 else rates.fp32_tflops)
+    forward_s, backward_s = counts.forward_flops / flops_per_s, counts.backward_flops / flops_per_s
+    host_s = BYTES_FUSED * counts.parameters / (1e9 * rates.host_gb_per_s)
+    link_bytes = counts.parameters * counts.wire_bytes
+    down_s, up_s = link_bytes / (1e9 * rates.d2h_gb_per_s), link_bytes / (1e9 * rates.h2d_gb_per_s)
+    return max(backward_s + max(forward_s, host_s), down_s, up_s)

@@ -1,0 +1,122 @@
+"""The host's share of a step, beside torch's own kernel and the memory that it must move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_offload.bench.bounds import BYTES_FUSED
+from lightning_offload.bench.measure import ratio, round_robin, timed
+from lightning_offload.bench.report import Row, Table
+from lightning_offload.memory.arena import HostMemory
+from lightning_offload.memory.blocks import Unit
+from lightning_offload.memory.lanes import InlineLanes
+from lightning_offload.methods.base import DTypes, Flight, Trained, Verdict
+from lightning_offload.methods.host import HostOptimizer
+from lightning_offload.methods.rules import frozen_groups, rule_for
+
+_SWEEP = "in-place sweep of memory"
+_NATIVE = "torch AdamW(fused=True), fp32"
+Shapes = list[torch.Size]
+
+
+def host_phase(numel: int, rounds: int) -> Table:
+    """Host phases of all methods on about ``numel`` parameters; bound and GB/s count 28 bytes for each."""
+    shapes = _shapes(numel)
+    arms = {_SWEEP: _sweep(shapes), _NATIVE: _torch_fused(shapes), "torch: up-cast, fused, down-cast": _cast(shapes)}
+    for phases in PHASES:
+        arms |= phases(shapes)
+    samples, _ = round_robin({name: timed(arm) for name, arm in arms.items()}, rounds)
+    total = sum(shape.numel() for shape in shapes)
+    return Table(
+        "host",
+        f"host phase, {total / 1e6:.0f} M parameters, {rounds} rounds",
+        tuple(_row(name, seconds, samples, total) for name, seconds in samples.items()),
+        (f"ratio: to {_NATIVE}", f"bound: {BYTES_FUSED} B per parameter at the rate of the sweep in the same round"),
+    )
+
+
+def _row(name: str, seconds: list[float], samples: dict[str, list[float]], total: int) -> Row:
+    values = {
+        "ms": 1e3 * median(seconds),
+        **ratio(seconds, samples[_NATIVE]),
+        "gb_per_s": BYTES_FUSED * total / median(seconds) / 1e9,
+        "percent_of_bound": 100 * ratio(samples[_SWEEP], seconds)["ratio"],
+    }
+    return Row(name, values, tuple(seconds))
+
+
+def _shapes(numel: int) -> Shapes:
+    """Weights of a decoder: square and 4-to-1 matrices."""
+    width = 1024
+    blocks = max(round(numel / (12 * width * width)), 1)
+    block = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+    return [torch.Size(shape) for _ in range(blocks) for shape in block]
+
+
+def _sweep(shapes: Shapes) -> Callable[[], Any]:
+    """As many bytes as a step moves, 8 for each element that is read and written."""
+    swept = torch.ones(BYTES_FUSED * sum(shape.numel() for shape in shapes) // 8)
+    return lambda: swept.mul_(1.0)
+
+
+def _torch_fused(shapes: Shapes) -> Callable[[], Any]:
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    return torch.optim.AdamW(weights, fused=True).step
+
+
+def _cast(shapes: Shapes) -> Callable[[], Any]:
+    """What a loop that keeps fp32 masters does without a kernel of its own."""
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    wires = [torch.randn(shape).to(torch.bfloat16) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
+
+    def step() -> None:
+        for weight, wire in zip(weights, wires, strict=True):
+            assert weight.grad is not None
+            weight.grad.copy_(wire)
+        optimizer.step()
+        with torch.no_grad():
+            for weight, wire in zip(weights, wires, strict=True):
+                wire.copy_(weight)
+
+    return step
+
+
+def _full(shapes: Shapes) -> dict[str, Callable[[], Any]]:
+    return {
+        "full, 32-true": _full_step(shapes, torch.float32),
+        "full, bf16-true": _full_step(shapes, torch.bfloat16),
+    }
+
+
+def _full_step(shapes: Shapes, dtype: torch.dtype) -> Callable[[], Any]:
+    """The host functions alone, unit by unit, without the copies."""
+    module = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    named = dict(module.named_parameters())
+    trained = []
+    for index, (name, parameter) in enumerate(named.items()):
+        unit = Unit(index // 6, f"block{index // 6}", module, True, named, ())
+        trained.append(Trained(name, parameter, unit, Flight(index // 6), 0, index))
+    host = HostOptimizer(
+        trained,
+        rule_for(optimizer),
+        InlineLanes(HostMemory(pin=False)),
+        DTypes(compute=dtype),
+        accumulate_on_host=False,
+        wants_norms=False,
+    )
+    return lambda: host.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
+
+
+PHASES: tuple[Callable[[Shapes], dict[str, Callable[[], Any]]], ...] = (_full,)
+"""One entry per method that works on the host: its phases by name, for weights of these shapes."""

@@ -1,0 +1,197 @@
+"""What ``lightning-offload bench`` measures, section by section, and which of it this machine can."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_offload.bench.arms import ARMS
+from lightning_offload.bench.host import host_phase
+from lightning_offload.bench.report import Report, Row, Table, environment
+from lightning_offload.bench.training import Workload, compare
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.rates import Rates
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "tie_word_embeddings": False,
+}
+"""20 M parameters: where there is nothing to gain, what does offloading cost?"""
+
+
+def shape(name: str) -> dict[str, Any] | None:
+    """The config of a model of ``conf/model``; None where it is not given by shape."""
+    import yaml
+
+    text = files("lightning_offload.conf").joinpath(f"model/{name}.yaml").read_text()
+    config = yaml.safe_load(text)["model"].get("config")
+    return config if isinstance(config, dict) else None
+
+
+def model_names() -> list[str]:
+    """The models of ``conf/model`` that are given by shape."""
+    found = sorted(entry.name for entry in files("lightning_offload.conf").joinpath("model").iterdir())
+    names = [name.removesuffix(".yaml") for name in found if name.endswith(".yaml")]
+    return [name for name in names if shape(name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """Settings of a run.
+
+    Attributes:
+        sections: What to measure; None is all that this machine can.
+        numel: Parameters of the host phase.
+        rounds: Of the host phase; every round runs every arm once.
+        training_rounds: Of whole training steps, each of which makes its model anew.
+        steps: Training steps per arm and round whose time counts.
+        models: Of the section ``training``, by their names in ``conf/model``.
+        batch: Sequences per step, for these models.
+        length: Tokens of each.
+
+    Raises:
+        ValueError: A section or a model that there is not, or a number below 1.
+    """
+
+    sections: Sequence[str] | None = None
+    numel: int = 100_000_000
+    rounds: int = 25
+    training_rounds: int = 3
+    steps: int = 4
+    models: Sequence[str] = ("llama_1b3", "llama3_8b")
+    batch: int = 8
+    length: int = 1024
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured, naming the setting and what there is."""
+        for name in ("numel", "rounds", "training_rounds", "steps", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        _check("section", self.sections or (), list(SECTIONS))
+        _check("model", self.models, model_names())
+
+
+def _check(what: str, given: Sequence[str], known: list[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{what}s: no {what} {unknown[0]!r}; there are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a run.
+
+    Attributes:
+        measure: Its tables.
+        why_not: Why it is left out here unless it is asked for by name; None where it belongs.
+    """
+
+    measure: Callable[[BenchSettings], list[Table]]
+    why_not: Callable[[], str | None] = lambda: None
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _rates() -> Rates:
+    """Measured in this process: what other runs have kept may be of another day's load."""
+    machine = Machine.detect(_device())
+    threads = machine.torch_threads if _device() == "cpu" else machine.host_threads
+    return Rates.measured(_device(), host_threads=threads)
+
+
+def _rates_table(settings: BenchSettings) -> list[Table]:
+    rows = tuple(Row(name, {"rate": value}) for name, value in asdict(_rates()).items())
+    return [Table("rates", f"rates with {Machine.detect(_device()).device_name} as the device", rows)]
+
+
+def _host(settings: BenchSettings) -> list[Table]:
+    return [host_phase(settings.numel, settings.rounds)]
+
+
+def _overhead(settings: BenchSettings) -> list[Table]:
+    work = Workload(
+        title="step on the CPU", config=SMALL, batch=8, length=256, device="cpu", precision="32-true", recompute=False
+    )
+    return [_trained("overhead", work, settings, None)]
+
+
+def _training(settings: BenchSettings) -> list[Table]:
+    rates = _rates() if _device() == "cuda" else None  # without a device the lanes are one and the same processor
+    return [_trained("training", _workload(name, settings), settings, rates) for name in settings.models]
+
+
+def _workload(name: str, settings: BenchSettings) -> Workload:
+    config = shape(name)
+    assert config is not None  # BenchSettings has looked
+    return Workload(
+        title=f"{name}, {settings.batch} x {settings.length} tokens",
+        config=config,
+        batch=settings.batch,
+        length=settings.length,
+        device=_device(),
+        precision="bf16-true",
+        clip=1.0,
+        recompute=True,
+    )
+
+
+def _trained(section: str, work: Workload, settings: BenchSettings, rates: Rates | None) -> Table:
+    rows, notes = compare(work, ARMS, rounds=settings.training_rounds, steps=settings.steps, rates=rates)
+    title = f"{work.title}, {work.precision}, {settings.training_rounds} rounds of {settings.steps} steps"
+    return Table(section, title, rows, notes)
+
+
+def _no_cuda() -> str | None:
+    return None if torch.cuda.is_available() else "there is no CUDA device; sections=[training] measures here"
+
+
+SECTIONS: dict[str, Section] = {
+    "rates": Section(_rates_table),
+    "host": Section(_host),
+    "overhead": Section(_overhead),
+    "training": Section(_training, _no_cuda),
+}
+"""By name, in the order of a run."""
+
+
+def run_bench(settings: BenchSettings, folder: Path | None = None, say: Callable[[str], object] = print) -> Report:
+    """Measure section by section; each is said, and written, as soon as it is done.
+
+    Args:
+        settings: What and how long.
+        folder: Where ``bench.json`` and ``bench.md`` go; None writes nothing.
+        say: Takes Markdown.
+
+    Returns:
+        All of it.
+    """
+    report = Report(environment(), asdict(settings))
+    say(report.markdown())
+    for name, section in SECTIONS.items():
+        why_not = section.why_not()
+        if settings.sections is not None and name not in settings.sections:
+            continue
+        if settings.sections is None and why_not:
+            tables = [Table(name, name, (), (f"left out: {why_not}",))]
+        else:
+            tables = section.measure(settings)
+        report = Report(report.environment, report.settings, (*report.tables, *tables))
+        for table in tables:
+            say(table.markdown())
+        if folder is not None:
+            report.save(folder)
+    return report
