@@ -12,8 +12,8 @@ from typing import Any
 from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Span
 
-LANES = {"compute": "device", "d2h": "link down", "host": "host", "h2d": "link up"}
-"""The lanes of a picture from top to bottom, and what a reader sees beside them."""
+LANES = {"compute": "device computes", "d2h": "device to host", "host": "host computes", "h2d": "host to device"}
+"""The lanes from top to bottom, and what a reader calls them."""
 
 GREY = "#9a9a9a"
 PHASES = {"forward": "#d9e6f2", "backward": "#33506e", "step": "#c8743a"}
@@ -256,7 +256,7 @@ def _draw_panel(axes: Any, name: str, spans: Sequence[Span], colors: Sequence[An
         at = (start_s - origin_s) * 1e3
         axes.axvline(at, color="black", linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("next step", (at, 1), xycoords=axes.get_xaxis_transform(), fontsize=8, ha="center")
-    axes.set_yticks(range(len(LANES)), [_row_label(lane) for lane in LANES], fontsize=9)
+    axes.set_yticks(range(len(LANES)), list(LANES.values()), fontsize=9)
     axes.set_ylim(len(LANES) - 0.45, -0.5 - _STRIP - 0.08)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -277,15 +277,6 @@ def _draw_phases(axes: Any, compute: Sequence[Span], origin_s: float, extent_s: 
             axes.text((start_ms + end_ms) / 2, middle, kind, ha="center", va="center", fontsize=7.5, color=ink)
 
 
-def _row_label(lane: str) -> str:
-    return {
-        "compute": "device computes",
-        "d2h": "link: device to host",
-        "host": "host computes",
-        "h2d": "link: host to device",
-    }[lane]
-
-
 def _use(spans: Sequence[Span], lane: str, extent_s: float) -> str:
     """Share of the time in which the lane was busy, and what it moved."""
     busy = busy_s(spans, lane)
@@ -300,7 +291,7 @@ def _use(spans: Sequence[Span], lane: str, extent_s: float) -> str:
 
 def _draw_legend(axes: Any, colors: Sequence[Any], units: Sequence[str]) -> None:
     """The scale of the units in the order in which a forward runs them, and what the other colours are."""
-    width = 0.66 / len(colors)
+    width = 0.64 / len(colors)
     axes.broken_barh([(at * width, width) for at in range(len(colors))], (0, 1), facecolors=colors)
     spread = 8 if len(colors) > _LABELLED else len(colors)
     places = sorted({round(at * (len(colors) - 1) / max(spread - 1, 1)) for at in range(spread)})
@@ -308,8 +299,8 @@ def _draw_legend(axes: Any, colors: Sequence[Any], units: Sequence[str]) -> None
         [(at + 0.5) * width for at in places], [_short(unit_name(at + 1, units)) for at in places], fontsize=8
     )
     for place, (label, color) in enumerate({"no unit": GREY, **PHASES}.items()):
-        axes.broken_barh([(0.69 + 0.085 * place, 0.015)], (0, 1), facecolors=color)
-        axes.text(0.712 + 0.085 * place, 0.5, label, va="center", fontsize=8.5)
+        axes.broken_barh([(0.67 + 0.09 * place, 0.015)], (0, 1), facecolors=color)
+        axes.text(0.692 + 0.09 * place, 0.5, label, va="center", fontsize=8.5)
     axes.set_yticks([0.5], ["units, first to last"], fontsize=9)
     axes.set_xlim(0, 1)
     axes.tick_params(length=0)

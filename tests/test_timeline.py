@@ -112,10 +112,10 @@ def test_trace_is_what_perfetto_reads(tmp_path: Path) -> None:
     processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert processes == {1: "predicted", 2: "measured"}
     assert [names[1, tid] for tid in range(5)] == [
-        "device (compute)",
-        "link down (d2h)",
-        "host (host)",
-        "link up (h2d)",
+        "device computes (compute)",
+        "device to host (d2h)",
+        "host computes (host)",
+        "host to device (h2d)",
         "wait",
     ]
     complete = [event for event in events if event["ph"] == "X"]
@@ -149,15 +149,15 @@ def test_table_is_exact() -> None:
     )
     assert summary(predicted, measured) == "\n".join(
         [
-            "one step                predicted       measured  difference",
-            "------------------------------------------------------------",
-            "device, busy ms            100.00         120.00     +20.0 %",
-            "link down, bytes    1,000,000,000  1,000,000,000        none",
-            "link down, busy ms          40.00          41.00      +2.5 %",
-            "link up, bytes      1,000,000,000    999,999,993          -7",
-            "link up, busy ms            50.00          45.00     -10.0 %",
-            "wall time, ms              400.00         440.00     +10.0 %",
-            "device peak, GiB             4.00           4.00      +0.0 %",
+            "one step                      predicted       measured  difference",
+            "------------------------------------------------------------------",
+            "device computes, busy ms         100.00         120.00     +20.0 %",
+            "device to host, bytes     1,000,000,000  1,000,000,000        none",
+            "device to host, busy ms           40.00          41.00      +2.5 %",
+            "host to device, bytes     1,000,000,000    999,999,993          -7",
+            "host to device, busy ms           50.00          45.00     -10.0 %",
+            "wall time, ms                    400.00         440.00     +10.0 %",
+            "device peak, GiB                   4.00           4.00      +0.0 %",
         ]
     )
 
@@ -166,15 +166,15 @@ def test_table_without_a_prediction_and_of_lanes_that_one_side_lacks() -> None:
     measured = StepUse({"host": LaneUse(28, 0.5)}, 1.0)
     assert summary(None, measured) == "\n".join(
         [
-            "one step       predicted  measured  difference",
-            "----------------------------------------------",
-            "host, bytes            -        28",
-            "host, busy ms          -    500.00",
-            "wall time, ms          -  1,000.00",
+            "one step                predicted  measured  difference",
+            "-------------------------------------------------------",
+            "host computes, bytes            -        28",
+            "host computes, busy ms          -    500.00",
+            "wall time, ms                   -  1,000.00",
         ]
     )
     predicted = StepUse({"h2d": LaneUse(0, 0.0)}, 1.0)
     assert summary(predicted, measured).splitlines()[4:6] == [
-        "link up, bytes            0         -",
-        "link up, busy ms       0.00         -",
+        "host to device, bytes            0         -",
+        "host to device, busy ms       0.00         -",
     ]

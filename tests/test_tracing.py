@@ -46,7 +46,9 @@ def test_two_steps_of_a_fit_are_traced_and_every_byte_is_in_the_table(
     assert len(events(folder, "step")) >= 2 * 6  # a host step per unit
     table = caplog.messages[-1]
     assert table.startswith("one step")
-    assert [line.split()[-1] for line in table.splitlines() if line.startswith("link up, bytes")] == [f"{moved:,}"]
+    assert [line.split()[-1] for line in table.splitlines() if line.startswith("host to device, bytes")] == [
+        f"{moved:,}"
+    ]
     assert "wall time, ms" in table
     assert "device peak" not in table  # nothing is known of it on a CPU
 
@@ -83,8 +85,8 @@ def test_prediction_is_drawn_above_and_compared(tmp_path: Path, caplog: pytest.L
         fit(Lit(), offload(), callbacks=[OffloadTimeline(tmp_path, predicted=predicted)], max_steps=6)
     found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [e["args"]["name"] for e in found if e["name"] == "process_name"] == ["predicted", "measured"]
-    row = next(line for line in caplog.messages[-1].splitlines() if line.startswith("link up, bytes"))
-    assert row.split()[3] == "1,000"
+    row = next(line for line in caplog.messages[-1].splitlines() if line.startswith("host to device, bytes"))
+    assert row.split()[4] == "1,000"
     assert row.split()[-1].startswith("+")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.checked import CheckedLanes, ShuffledLanes
 from lightning_offload.memory.lanes import Event, InlineLanes, Lanes
+from lightning_offload.memory.ledger import Span
 from tests.streams import thread_lanes
 
 pytestmark = pytest.mark.timeout(60)
@@ -228,3 +231,69 @@ def test_inline_runs_each_operation_before_it_returns() -> None:
     lanes.host(lambda: one.fill_(1))
     lanes.copy([other], [one], "d2h")
     assert other.tolist() == [1.0] * 6
+
+
+# Traces.
+
+
+def traced(lanes: Lanes, trips: int = 3) -> list[Span]:
+    """Round trips with marks around what compute does; the order of a trip is its priority."""
+    lanes.synchronize()
+    lanes.ledger.start_trace()
+    for trip in range(1, trips + 1):
+        device, result = (lanes.buffers(f"{trip}.{at}", [6], torch.float32, "device")[0] for at in range(2))
+        (home,) = lanes.buffers(f"{trip}.home", [6], torch.float32, "pinned")
+        lanes.mark("forward", trip)
+        device.fill_(trip)
+        landed = lanes.copy([home], [device], "d2h", after=[lanes.compute()], priority=trip, tag="down")
+        doubled = lanes.host(partial(home.mul_, 2), after=[landed], priority=trip, tag="double", traffic_bytes=48)
+        arrived = lanes.copy([device], [home], "h2d", after=[doubled], priority=trip, tag="up")
+        lanes.mark("backward", trip)
+        lanes.wait_compute(arrived)
+        result.copy_(device + 1)
+        lanes.mark("")
+    lanes.synchronize()
+    return lanes.ledger.stop_trace()
+
+
+def test_a_trace_has_what_happened_in_its_order(lanes: Lanes) -> None:
+    round_trip(lanes, 1.0, "before")
+    spans = traced(lanes)
+    for trip in (1, 2, 3):
+        down, double, up = (
+            next(span for span in spans if (span.kind, span.order) == (kind, trip)) for kind in ("down", "double", "up")
+        )
+        assert [(span.lane, span.bytes) for span in (down, double, up)] == [("d2h", 24), ("host", 48), ("h2d", 24)]
+        assert down.start_s <= down.end_s <= double.start_s <= double.end_s <= up.start_s <= up.end_s
+        waiting = [span for span in spans if (span.kind, span.order) == ("backward", trip)]
+        assert not any(span.start_s < up.end_s and up.start_s < span.end_s for span in waiting)
+        assert any(span.start_s >= up.end_s for span in waiting)
+    assert {span.order for span in spans if span.lane == "compute"} == {1, 2, 3}
+    assert [span.start_s for span in spans] == sorted(span.start_s for span in spans)
+
+
+def test_no_lane_does_two_things_at_once(lanes: Lanes) -> None:
+    spans = traced(lanes)
+    for lane in ("compute", "d2h", "host", "h2d"):
+        own = [span for span in spans if span.lane == lane]
+        assert len(own) >= 3
+        assert all(before.end_s <= after.start_s for before, after in pairwise(own)), lane
+
+
+def test_totals_are_the_sums_of_the_spans(lanes: Lanes) -> None:
+    spans = traced(lanes)
+    assert {span.lane for span in spans} == lanes.ledger.snapshot().keys()
+    for lane, total in lanes.ledger.snapshot().items():
+        own = [span for span in spans if span.lane == lane]
+        assert (total.operations, total.bytes) == (len(own), sum(span.bytes for span in own))
+        assert total.seconds == pytest.approx(sum(span.end_s - span.start_s for span in own))
+
+
+def test_without_a_trace_marks_leave_nothing(lanes: Lanes) -> None:
+    lanes.mark("forward", 1)
+    round_trip(lanes, 1.0, "trip")
+    lanes.mark("")
+    lanes.synchronize()
+    assert lanes.ledger.spans is None
+    assert lanes.ledger.marked == ("", -1)
+    assert "compute" not in lanes.ledger.lanes
