@@ -46,6 +46,7 @@ RULES = {
     "callbacks": May("behaviour memory methods", "torch lightning typing_extensions"),
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
+    "planning": May("errors memory methods timeline", "torch", "yaml"),
     "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(
@@ -54,6 +55,7 @@ RULES = {
         "yaml torchao galore_torch peft",
     ),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets"),
+    "doctor": May("memory", "torch"),
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May("errors export plots runs conf __init__ text", "torch lightning hydra omegaconf"),

@@ -1,0 +1,426 @@
+"""One training step without a machine: the real engine and method, on a fake twin, on lanes that keep time.
+
+The module's own code runs once per kind of micro-batch and is written down on a *tape*: the work between the moments
+at which the engine is called. Later steps replay the tape and run the engine alone, so that a steady state, another
+schedule or another machine cost little.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.ledger import Span, Total
+from lightning_offload.memory.virtual import VirtualLanes
+from lightning_offload.methods.base import Clip
+from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.meter import Work, seconds
+from lightning_offload.methods.twin import Step, Twin, TwinMeter, explaining, pretending
+from lightning_offload.methods.uses import Uses
+
+
+@dataclass(eq=False)
+class Happening:
+    """Work of the module, and the engine's cue at its end: a unit that is entered, a gradient that has arrived."""
+
+    work: list[Work] = field(default_factory=list)
+    entered: int | None = None
+    gradient: str | None = None
+
+
+@dataclass
+class Tape:
+    """What the module did in one micro-batch, cut at the engine's cues."""
+
+    forward: list[Happening] = field(default_factory=lambda: [Happening()])
+    backward: list[Happening] = field(default_factory=lambda: [Happening()])
+    flops: int = 0
+    is_backward: bool = False
+
+    @property
+    def _part(self) -> list[Happening]:
+        return self.backward if self.is_backward else self.forward
+
+    def add(self, work: Work) -> None:
+        """The module has done this."""
+        self._part[-1].work.append(work)
+        self.flops += work.flops
+
+    def cue(self, *, entered: int | None = None, gradient: str | None = None) -> None:
+        """The engine was called."""
+        self._part[-1].entered, self._part[-1].gradient = entered, gradient
+        self._part.append(Happening())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One step in the steady state.
+
+    Attributes:
+        step_s: From one optimizer step to the next.
+        forward_s: Compute of the first micro-batch's forward, under which the host's work can hide.
+        backward_s: Compute of the last micro-batch's backward.
+        module_s: Compute of the module in all micro-batches.
+        compute_s: All compute of a step.
+        lanes: Bytes and busy seconds of each lane.
+        kinds: The same of each (lane, kind of operation).
+        spans: Every operation of two steps.
+    """
+
+    step_s: float
+    forward_s: float
+    backward_s: float
+    module_s: float
+    compute_s: float
+    lanes: dict[str, Total]
+    kinds: dict[tuple[str, str], Total]
+    spans: tuple[Span, ...]
+
+
+class Driver(Protocol):
+    """What trains the twin: an engine, or nothing but an optimizer."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """Of the twin."""
+        ...
+
+    @property
+    def uses(self) -> Uses:
+        """What the recorded forward did with the weights."""
+        ...
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around one forward; ``last``: the step follows its backward."""
+        ...
+
+    def enter(self, unit: int, *, recomputed: bool) -> None:
+        """Replayed: a module that needs the unit's weights is about to run."""
+        ...
+
+    def gradient_arrived(self, name: str) -> None:
+        """Replayed: the parameter of this name has its gradient."""
+        ...
+
+    def step(self) -> None:
+        """One optimizer step."""
+        ...
+
+    def flush(self) -> None:
+        """Nothing is in flight afterwards."""
+        ...
+
+
+class EngineDriver:
+    """A method on its engine.
+
+    Args:
+        engine: On the twin.
+        clip: The gradient clipping of each step.
+        serial: Wait for the new weights after each step, as ZeRO-Offload does.
+    """
+
+    def __init__(self, engine: Engine, *, clip: Clip | None, serial: bool = False) -> None:
+        self.engine, self.units = engine, engine.units
+        self._clip, self._serial = clip, serial
+        self._offloaded = {t.name: t for t in engine.host.trained}
+
+    @property
+    def uses(self) -> Uses:
+        """See ``Driver.uses``."""
+        return self.engine.arrivals.uses
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """See ``Driver.micro_batch``."""
+        self.engine.stepping = last
+        with self.engine.micro_batch():
+            yield
+
+    def enter(self, unit: int, *, recomputed: bool) -> None:
+        """See ``Driver.enter``."""
+        self.engine.arrivals.enter(self.engine.arrivals.flights[unit], recomputed=recomputed)
+
+    def gradient_arrived(self, name: str) -> None:
+        """See ``Driver.gradient_arrived``."""
+        if name in self._offloaded:
+            self.engine.gradient_arrived(self._offloaded[name])
+
+    def step(self) -> None:
+        """See ``Driver.step``."""
+        self.engine.step(self._clip)
+        if self._serial:
+            self.engine.flush()
+
+    def flush(self) -> None:
+        """See ``Driver.flush``."""
+        self.engine.flush()
+
+
+class NativeDriver:
+    """Everything on the device: what offloading is compared with.
+
+    Args:
+        module: The twin.
+        optimizer: Over its parameters; its state is made at once.
+        lanes: Told of the marks.
+        clip: The gradient clipping of each step.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, lanes: VirtualLanes, *, clip: Clip | None
+    ) -> None:
+        self.units = partition(module)
+        self._optimizer, self._lanes, self._clip = optimizer, lanes, clip
+        self._trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in self._trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.uses = Uses(order=tuple(unit.name for unit in self.units))
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """See ``Driver.micro_batch``."""
+        yield
+        self._lanes.mark("backward", len(self.units))
+
+    def enter(self, unit: int, *, recomputed: bool) -> None:
+        """See ``Driver.enter``."""
+        self._lanes.mark("backward" if recomputed else "forward", unit + 1)
+
+    def gradient_arrived(self, name: str) -> None:
+        """See ``Driver.gradient_arrived``."""
+
+    def step(self) -> None:
+        """See ``Driver.step``."""
+        self._lanes.mark("step")
+        if self._clip is not None and self._clip.algorithm == "norm":
+            torch.nn.utils.clip_grad_norm_(self._trained, self._clip.value)
+        elif self._clip is not None:
+            torch.nn.utils.clip_grad_value_(self._trained, self._clip.value)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._lanes.mark("")
+
+    def flush(self) -> None:
+        """See ``Driver.flush``."""
+
+
+class DryRun:
+    """See the module docstring.
+
+    Attributes:
+        meter: Memory by what it holds, FLOPs, and where a real run would wait for a value.
+        lanes: The clock, and what was asked of host memory.
+        driver: What trains the twin.
+        tapes: The first micro-batch, and a later one where a step has several.
+
+    Args:
+        twin: The model.
+        attach: Makes the driver, given the lanes; runs in the twin's fake mode.
+        machine: What is imitated.
+        step: The loss of one micro-batch.
+        batch: One micro-batch, fake.
+        micro_batches: How many make a step.
+        context: What a forward runs in.
+
+    Raises:
+        TwinError: The step cannot be run on fake tensors.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        attach: Callable[[VirtualLanes], Driver],
+        machine: Machine,
+        *,
+        step: Step,
+        batch: Any,
+        micro_batches: int = 1,
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._twin, self._step, self._batch, self._context = twin, step, batch, context
+        self._micro_batches = micro_batches
+        self._cost = costs(machine)
+        self._tape: Tape | None = None  # that is being recorded; None while the driver runs
+        self._compute_s = 0.0
+        self._seen_block = False
+        self.meter = TwinMeter(self._work)
+        self.lanes = VirtualLanes(machine, self.meter.counting_as)
+        self.tapes: list[Tape] = []
+        self._recording: Tape | None = None
+        self._parameters = dict(twin.module.named_parameters())
+        with self._active():
+            self._hold_module()
+            for name, parameter in self._parameters.items():
+                if parameter.requires_grad:  # before the driver's own hook, and after it
+                    parameter.register_post_accumulate_grad_hook(self._gradient_cue(name))
+            with self.meter.counting_as("optimizer state"):
+                self.driver = attach(self.lanes)
+            for parameter in self._parameters.values():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._resume)
+            for unit in self.driver.units:
+                for module in unit.entry_modules:
+                    module.register_forward_pre_hook(self._entry_cue(unit), prepend=True)
+
+    def run(self) -> Timing:
+        """Record one step, replay two more, and time the last."""
+        with self._active():
+            for index in range(self._micro_batches):
+                last = index == self._micro_batches - 1
+                if index < 2:
+                    self._record(last=last)
+                else:
+                    self._replay(self._tape_of(index), last=last)
+            self.driver.step()
+            self._replay_step()
+            self.lanes.ledger.start_trace()
+            before_s, work_before_s = self.lanes.now_s, self._compute_s
+            self._replay_step()
+            step_s, compute_s = self.lanes.now_s - before_s, self._compute_s - work_before_s
+            self.driver.flush()
+        spans = tuple(self.lanes.ledger.stop_trace())
+        ledger = self.lanes.ledger
+        return Timing(
+            step_s=step_s,
+            forward_s=self._duration(self.tapes[0].forward),
+            backward_s=self._duration(self.tapes[-1].backward),
+            module_s=sum(
+                self._duration(tape.forward + tape.backward) for tape in map(self._tape_of, range(self._micro_batches))
+            ),
+            compute_s=compute_s,
+            lanes={lane: _per_step(total) for lane, total in ledger.lanes.items() if lane != "compute"},
+            kinds={kind: _per_step(total) for kind, total in ledger.kinds.items() if kind[0] != "compute"},
+            spans=spans,
+        )
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the module in one step."""
+        return sum(self._tape_of(index).flops for index in range(self._micro_batches))
+
+    def _tape_of(self, index: int) -> Tape:
+        """Of a micro-batch of the step: all after the first are alike, adding to gradients that are there."""
+        return self.tapes[min(index, 1)]
+
+    def _duration(self, happenings: Sequence[Happening]) -> float:
+        return sum(self._cost(work) for happening in happenings for work in happening.work)
+
+    # Recording.
+
+    def _record(self, *, last: bool) -> None:
+        tape = self._recording = self._tape = Tape()
+        self._seen_block = False
+        self.meter.kind = "activations"
+        with explaining(self._twin.module):
+            with self._context(), self.driver.micro_batch(last=last):
+                loss = self._step(self._twin.module, self._batch) / self._micro_batches
+            tape.is_backward = True
+            loss.backward()
+        self._recording = self._tape = None
+        self.tapes.append(tape)
+
+    def _work(self, work: Work) -> None:
+        spent_s = self._cost(work)
+        self._compute_s += spent_s
+        self.lanes.advance(spent_s)
+        if self._tape is not None:
+            self._tape.add(work)
+
+    def _gradient_cue(self, name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if self._recording is not None:
+                self._recording.cue(gradient=name)
+                self._tape = None
+                assert parameter.grad is not None
+                self.meter.hold(parameter.grad, "gradients")
+
+        return hook
+
+    def _resume(self, parameter: Tensor) -> None:
+        """The driver has returned; what follows is the module's again."""
+        self._tape = self._recording
+
+    def _entry_cue(self, unit: Unit) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if self._recording is not None:
+                self._recording.cue(entered=unit.index)
+                self._seen_block |= unit.is_block
+                self.meter.kind = "activations" if unit.is_block or not self._seen_block else "logits"
+
+        return hook
+
+    def _hold_module(self) -> None:
+        for buffer in self._twin.module.buffers():
+            self.meter.hold(buffer, "buffers")
+        for parameter in self._parameters.values():
+            self.meter.hold(parameter, "weights")
+        for tensor in tree_leaves(self._batch):
+            if isinstance(tensor, Tensor):
+                self.meter.hold(tensor, "batch")
+
+    # Replaying.
+
+    def _replay_step(self) -> None:
+        for index in range(self._micro_batches):
+            self._replay(self._tape_of(index), last=index == self._micro_batches - 1)
+        self.driver.step()
+
+    def _replay(self, tape: Tape, *, last: bool) -> None:
+        with self.driver.micro_batch(last=last):
+            for happening in tape.forward:
+                self._play(happening, recomputed=False)
+        for happening in tape.backward:
+            self._play(happening, recomputed=True)
+
+    def _play(self, happening: Happening, *, recomputed: bool) -> None:
+        spent_s = self._duration([happening])
+        self._compute_s += spent_s
+        self.lanes.advance(spent_s)
+        if happening.entered is not None:
+            self.driver.enter(happening.entered, recomputed=recomputed)
+        if happening.gradient is not None:
+            parameter = self._parameters[happening.gradient]
+            if parameter.grad is None:
+                with self.meter.counting_as(None):
+                    parameter.grad = torch.empty_like(parameter)
+            self.driver.gradient_arrived(happening.gradient)
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with pretending(), warnings.catch_warnings(), self._twin.mode, self.meter:
+            warnings.simplefilter("ignore")
+            yield
+
+
+STEPS = 3
+"""Steps of a dry run: one recorded, two replayed."""
+
+
+def _per_step(total: Total) -> Total:
+    return Total(total.operations // STEPS, total.bytes // STEPS, total.seconds / STEPS)
+
+
+def costs(machine: Machine) -> Callable[[Work], float]:
+    """Seconds of one operation on this machine."""
+    rates = machine.rates
+    assert rates is not None
+    return partial(
+        seconds,
+        wide_flops=1e12 * rates.fp32_tflops,
+        narrow_flops=1e12 * rates.bf16_tflops,
+        bytes_per_s=1e9 * rates.device_gb_per_s,
+        least_s=1e-6 * rates.op_us,
+    )

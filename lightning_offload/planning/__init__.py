@@ -1,0 +1,104 @@
+"""Know before you run: a dry run of one training step, as a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_offload.memory.budget import Machine, machine_from
+from lightning_offload.methods.base import Clip
+from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.twin import Step
+from lightning_offload.planning.advice import advise
+from lightning_offload.planning.result import Advice, Memory, Plan
+from lightning_offload.planning.scenario import METHODS, Dry, Scenario
+
+__all__ = ["METHODS", "Advice", "Memory", "Plan", "plan"]
+
+
+def plan(
+    module: nn.Module,
+    batch: Any,
+    *,
+    method: str = "full",
+    settings: FullSettings | None = None,
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true",
+    hardware: str | Machine = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    accumulate_grad_batches: int = 1,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+    step: Step | None = None,
+    compare: bool = False,
+) -> Plan:
+    """Predict one training step: memory by place, time by lane, whether it fits, and what to change if not.
+
+    The module's own step and the real engine run on a fake twin of the module: nothing is allocated, no weights are
+    needed, and ``module`` is not touched. A model of 8B parameters takes seconds, one of 175B less than a minute.
+
+    Args:
+        module: A ``LightningModule``, or any module; on any device, ``meta`` included (``with torch.device("meta")``).
+        batch: One micro-batch, as ``training_step`` gets it; values do not matter.
+        method: ``"full"``, ``"none"`` (everything on the device) or ``"zero-offload"`` (its schedule).
+        settings: Of the method.
+        precision: As for the Trainer.
+        hardware: A name of ``conf/hardware`` (``"rtx4090"``, ``"laptop_4gb"``), ``"auto"`` for this machine (measured
+            once, about 2 s), or a ``Machine`` with rates.
+        optimizer: Over the module's parameters; default ``configure_optimizers``, else AdamW.
+        accumulate_grad_batches: Micro-batches per step.
+        gradient_clip_val: As for the Trainer.
+        gradient_clip_algorithm: As for the Trainer.
+        step: ``(module, batch) -> loss`` for modules whose own step does not run without values, or steps by itself.
+        compare: Also plan all other methods.
+
+    Raises:
+        TwinError: The step does not run without values; says where, and what to pass.
+        OffloadError: The module does not say how to make a loss.
+        PartitionError: A model that cannot be split.
+        ValueError: An unknown method or hardware, or a setting that cannot work.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    if accumulate_grad_batches < 1:
+        raise ValueError(f"`accumulate_grad_batches` must be an integer >= 1, got {accumulate_grad_batches!r}")
+    scenario = Scenario(
+        module=module,
+        batch=batch,
+        machine=hardware if isinstance(hardware, Machine) else _machine(hardware),
+        method=method,
+        settings=settings or FullSettings(),
+        precision=precision,
+        micro_batches=accumulate_grad_batches,
+        clip=Clip(gradient_clip_val, gradient_clip_algorithm) if gradient_clip_val else None,
+        optimizer=optimizer,
+        step=step,
+    )
+    made = Dry(scenario).plan()
+    others = [name for name in METHODS if name != method] if compare else []
+    return replace(
+        made,
+        advice=advise(scenario, made),
+        others=tuple(Dry(replace(scenario, method=name)).plan() for name in others),
+    )
+
+
+def hardware_names() -> list[str]:
+    """The files of ``conf/hardware``."""
+    return sorted(path.name.removesuffix(".yaml") for path in _hardware().iterdir() if path.name.endswith(".yaml"))
+
+
+def _machine(name: str) -> Machine:
+    import yaml
+
+    path = _hardware().joinpath(f"{name}.yaml")
+    if not path.is_file():
+        raise ValueError(f"`hardware` must be a Machine or one of {', '.join(hardware_names())}, got {name!r}")
+    return machine_from(yaml.safe_load(path.read_text())["hardware"])
+
+
+def _hardware() -> Any:
+    return files("lightning_offload.conf").joinpath("hardware")

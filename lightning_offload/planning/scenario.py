@@ -1,0 +1,329 @@
+"""One configuration of a run, and its dry run turned into a plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_offload.errors import OffloadError
+from lightning_offload.memory.allocator import MIB, replay
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.ledger import Total
+from lightning_offload.memory.virtual import VirtualLanes
+from lightning_offload.methods.base import Clip, DTypes
+from lightning_offload.methods.dryrun import Driver, DryRun, EngineDriver, NativeDriver, Timing
+from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.methods.twin import Step, Twin, forward_context, pretending
+from lightning_offload.planning.result import Memory, Plan
+from lightning_offload.timeline import LaneUse
+
+NATIVE, SERIAL, FULL = "none", "zero-offload", "full"
+METHODS = {NATIVE: "everything on the device", SERIAL: "full, each step waiting for its weights", FULL: "full"}
+"""What can be planned; ``zero-offload`` is its schedule on this engine, for comparison."""
+
+WORKSPACE_BYTES = 2 * (8 * MIB + MIB // 8)
+"""cuBLAS keeps one workspace per thread and stream: of the forward, and of autograd's own thread."""
+
+MARGIN = 1.02
+"""Kernels' own workspaces, which no dispatcher sees."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is to be planned.
+
+    Attributes:
+        module: The model; never touched.
+        batch: One micro-batch.
+        machine: With rates.
+        method: A key of ``METHODS``.
+        settings: Of the method.
+        precision: Lightning's name of it.
+        micro_batches: Per step.
+        clip: The gradient clipping.
+        optimizer: Over the module's parameters; ``None`` asks the module, else takes AdamW.
+        step: The loss of a micro-batch; ``None`` is the module's own.
+        checkpointing: Turn on the model's own gradient checkpointing.
+    """
+
+    module: nn.Module
+    batch: Any
+    machine: Machine
+    method: str = FULL
+    settings: FullSettings = field(default_factory=FullSettings)
+    precision: str = "32-true"
+    micro_batches: int = 1
+    clip: Clip | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    step: Step | None = None
+    checkpointing: bool = False
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the micro-batch."""
+        return next((t.shape[0] for t in tree_leaves(self.batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+    def with_batch_size(self, size: int) -> Scenario:
+        """The same number of samples per step in micro-batches of ``size``."""
+        whole = self.batch_size
+        batch = tree_map(
+            lambda x: x[:size] if isinstance(x, Tensor) and x.dim() and x.shape[0] == whole else x, self.batch
+        )
+        return replace(self, batch=batch, micro_batches=self.micro_batches * -(-whole // size))
+
+
+class Dry:
+    """A scenario that has been run dry."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        dtypes = DTypes.of(scenario.precision)
+        twin = Twin(scenario.module, dtypes.compute)
+        if scenario.checkpointing:
+            _enable_checkpointing(twin.module)
+        optimizer = _optimizer(scenario, twin)
+        method = Full(scenario.settings)
+        self.notes: list[str] = []
+        if scenario.method != NATIVE:
+            method.settings, self.notes = method.resolve(
+                list(twin.module.parameters()), scenario.machine, accumulates=scenario.micro_batches > 1
+            )
+
+        def attach(lanes: VirtualLanes) -> Driver:
+            if scenario.method == NATIVE:
+                return NativeDriver(twin.module, optimizer, lanes, clip=scenario.clip)
+            engine = Engine(twin.module, optimizer, method, lanes, dtypes, expects_clip=scenario.clip is not None)
+            return EngineDriver(engine, clip=scenario.clip, serial=scenario.method == SERIAL)
+
+        self.run = DryRun(
+            twin,
+            attach,
+            scenario.machine,
+            step=scenario.step or _own_step(scenario.module),
+            batch=twin.batch(scenario.batch, dtypes.compute),
+            micro_batches=scenario.micro_batches,
+            context=forward_context(scenario.precision),
+        )
+        self.timing: Timing = self.run.run()
+        self.parameters = sum(p.numel() for p in twin.module.parameters())
+        self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
+        self._decides_late = method.settings.skip_nonfinite or scenario.clip is not None
+
+    @property
+    def device(self) -> Memory:
+        """The peak, by what it holds; on a GPU as the caching allocator would reserve it."""
+        machine, meter = self.scenario.machine, self.run.meter
+        kinds = Counter(dict(meter.peak.kinds))
+        kinds.pop("weights", 0)
+        holds = {**self._weights(), **{kind: count for kind, count in sorted(kinds.items()) if count}}
+        if machine.device_type == "cpu":
+            return Memory(holds, None)
+        reserved = replay(meter.allocations).peak_bytes
+        holds["allocator (rounding, fragments)"] = max(reserved - meter.peak.bytes, 0)
+        holds["CUDA context, workspaces"] = machine.context_bytes + WORKSPACE_BYTES + int((MARGIN - 1) * reserved)
+        return Memory(holds, machine.device_budget_bytes)
+
+    @property
+    def host(self) -> Memory:
+        """The arenas; on a CPU the rest of the run is there too."""
+        driver, machine = self.run.driver, self.scenario.machine
+        holds: dict[str, int] = {}
+        if isinstance(driver, EngineDriver):
+            holds |= driver.engine.host.holdings
+            report = self.run.lanes.memory.report()
+            holds["alignment, small buffers"] = report.allocated_bytes - sum(holds.values())
+        if machine.device_type == "cpu":
+            holds["the run itself (device rows)"] = self.device.bytes
+        here = sum(t.nbytes for t in tensors_of(self.scenario.module) if t.device.type == "cpu")  # taken already
+        return Memory(holds, min(machine.host_available_bytes + here, machine.host_total_bytes))
+
+    @property
+    def pinned(self) -> Memory:
+        """What of the arenas is page-locked."""
+        locked = self.run.lanes.memory.report().locked_bytes
+        return Memory({"wire and rings": locked} if locked else {}, self.scenario.machine.lockable_bytes)
+
+    @property
+    def bound_s(self) -> float:
+        """See ``targets.md``: with clipping or ``skip_nonfinite`` the host begins when backward has ended."""
+        timing, lanes = self.timing, self.timing.lanes
+        busy = {lane: lanes.get(lane, Total()).seconds for lane in ("d2h", "h2d", "host")}
+        if self.scenario.machine.device_type == "cpu" or self.scenario.method == NATIVE:
+            return timing.compute_s + sum(busy.values())
+        hidden = max(timing.forward_s, self._after_backward("host", "step"), self._after_backward("h2d", "weights"))
+        late = timing.module_s - timing.forward_s + hidden if self._decides_late else 0.0
+        return max(timing.compute_s, late, *busy.values())
+
+    def _after_backward(self, lane: str, kind: str) -> float:
+        return self.timing.kinds.get((lane, kind), Total()).seconds
+
+    def plan(self) -> Plan:
+        """All of it as a plan, without advice."""
+        scenario, timing = self.scenario, self.timing
+        tokens, unit = _count(scenario.batch)
+        uses = self.run.driver.uses
+        lanes = {lane: LaneUse(total.bytes, total.seconds) for lane, total in timing.lanes.items() if lane != "stall"}
+        machine = scenario.machine
+        return Plan(
+            model=f"{type(scenario.module).__name__} of {self.parameters / 1e9:.3g} B parameters",
+            method=scenario.method,
+            precision=scenario.precision,
+            hardware=machine.name if machine.name != "auto" else machine.device_name,
+            parameters=self.parameters,
+            trained=self.trained,
+            micro_batches=scenario.micro_batches,
+            tokens=tokens * scenario.micro_batches,
+            unit=unit,
+            flops=self.run.flops,
+            device=self.device,
+            host=self.host,
+            pinned=self.pinned,
+            step_s=timing.step_s,
+            bound_s=self.bound_s,
+            forward_s=timing.forward_s,
+            backward_s=timing.backward_s,
+            lanes={"compute": LaneUse(0, timing.compute_s), **lanes},
+            bottleneck=self._bottleneck(),
+            notes=(*self.notes, *_notes(self.run)),
+            uses=uses,
+            units=uses.order,
+            spans=timing.spans,
+        )
+
+    def _weights(self) -> dict[str, int]:
+        """Weights by where they stand: what runs before the blocks, the blocks, what runs after them."""
+        place = {name: at for at, name in enumerate(self.run.driver.uses.order)}
+        units = sorted(self.run.driver.units, key=lambda unit: place.get(unit.name, unit.index))
+        first_block = next((at for at, unit in enumerate(units) if unit.is_block), len(units))
+        sums: Counter[str] = Counter()
+        for at, unit in enumerate(units):
+            kind = "blocks" if unit.is_block else "embeddings" if at < first_block else "head, final norm"
+            sums[f"weights: {kind}"] += sum(p.nbytes for p in unit.parameters.values())
+        return dict(sums)
+
+    def _bottleneck(self) -> str:
+        timing, machine = self.timing, self.scenario.machine
+        if machine.device_type == "cpu":
+            return "the CPU, which does everything in turn: nothing to overlap"
+        stall_s = timing.step_s - timing.compute_s
+        if stall_s < 0.05 * timing.step_s:
+            return f"the device's compute ({100 * timing.compute_s / timing.step_s:.0f} % of the step)"
+        step_s, weights_s = self._after_backward("host", "step"), self._after_backward("h2d", "weights")
+        down_s = timing.lanes.get("d2h", Total()).seconds
+        if down_s > max(step_s, weights_s, timing.backward_s):
+            return f"the link down: gradients take {down_s:.2f} s"
+        if self.scenario.method == SERIAL:
+            return f"the schedule: the device waits {stall_s:.2f} s for gradients, host and weights in turn"
+        what, slow_s = ("the host's step", step_s) if step_s >= weights_s else ("the link up", weights_s)
+        text = f"{what}, {slow_s:.2f} s, of which the next forward hides {min(timing.forward_s, slow_s):.2f} s"
+        if timing.forward_s > 0 and slow_s > timing.forward_s:
+            tokens, unit = _count(self.scenario.batch)
+            text += f"; it would hide from about {round(tokens * slow_s / timing.forward_s):,} {unit} per micro-batch"
+        return text
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def has_checkpointing(module: nn.Module) -> bool:
+    """Whether the model has gradient checkpointing of its own that is off."""
+    return any(
+        callable(getattr(part, "gradient_checkpointing_enable", None))
+        and getattr(part, "supports_gradient_checkpointing", True)
+        and not getattr(part, "is_gradient_checkpointing", False)
+        for part in module.modules()
+    )
+
+
+def _enable_checkpointing(module: nn.Module) -> None:
+    part: Any = next(p for p in module.modules() if callable(getattr(p, "gradient_checkpointing_enable", None)))
+    part.config.use_cache = False
+    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _optimizer(scenario: Scenario, twin: Twin) -> torch.optim.Optimizer:
+    """The one that was given, the module's own, or AdamW."""
+    if scenario.optimizer is not None:
+        return twin.optimizer(scenario.optimizer)
+    configure = getattr(twin.module, "configure_optimizers", None)
+    if not callable(configure):
+        return torch.optim.AdamW([p for p in twin.module.parameters() if p.requires_grad], fused=True)
+    with pretending(), twin.mode:
+        try:
+            made = configure()
+        except Exception as error:
+            raise OffloadError(
+                f"`configure_optimizers` of {type(scenario.module).__name__} cannot be asked before the Trainer runs "
+                f"({error}). Pass `optimizer=`, built from the module's parameters."
+            ) from error
+    while isinstance(made, (list, tuple)) and made:
+        made = made[0]
+    made = made.get("optimizer") if isinstance(made, Mapping) else made
+    if not isinstance(made, torch.optim.Optimizer):
+        raise OffloadError(f"`configure_optimizers` returned {made!r}, no optimizer. Pass `optimizer=`.")
+    return made
+
+
+def _own_step(module: nn.Module) -> Step:
+    """How the module itself makes a loss of a batch.
+
+    Raises:
+        OffloadError: It does not say.
+    """
+    name = type(module).__name__
+    if callable(getattr(module, "training_step", None)):
+        if getattr(module, "automatic_optimization", True):
+            return lambda twin, batch: _loss(twin.training_step(batch, 0), name)  # type: ignore[operator]
+        if callable(getattr(module, "offload_step", None)):  # OffloadMixin
+            return lambda twin, batch: _loss(twin.loss(batch, 0), name)  # type: ignore[operator]
+        raise OffloadError(
+            f"{name} optimizes manually, so its `training_step` steps by itself. Pass `step=`, a function "
+            "(module, batch) -> loss of one micro-batch."
+        )
+
+    def call(twin: nn.Module, batch: Any) -> Tensor:
+        output = twin(**batch) if isinstance(batch, Mapping) else twin(batch)
+        return _loss(output, name)
+
+    return call
+
+
+def _loss(output: Any, name: str) -> Tensor:
+    if isinstance(output, Mapping) and "loss" in output:
+        output = output["loss"]
+    output = getattr(output, "loss", output)
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output
+    raise OffloadError(
+        f"a step of {name} gave {type(output).__name__}, no scalar loss. Pass `step=`, a function (module, batch) -> "
+        "loss."
+    )
+
+
+def _count(batch: Any) -> tuple[int, str]:
+    """Tokens of a batch, or its samples."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+        return batch["input_ids"].numel(), "tokens"
+    first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), None)
+    return (1 if first is None else first.shape[0]), "samples"
+
+
+def _notes(run: DryRun) -> list[str]:
+    """What is unusual about the model, and what costs a wait."""
+    uses = run.driver.uses
+    notes = [f"a step waits for the device at {r.where} ({r.what})" for r in run.meter.reads]
+    notes += [f"`{name}` is used outside its module's call; it is waited for early" for name in uses.functional]
+    notes += [f"`{name}` is tied: also used in `{', '.join(users)}`" for name, users in uses.users.items()]
+    notes += [f"unit `{name}` runs {calls} times in a forward" for name, calls in uses.repeats.items()]
+    if uses.skipped:
+        notes.append(f"never used: {', '.join(sorted(uses.skipped))}")
+    return notes
