@@ -70,6 +70,11 @@ def cpu_model() -> str:
     return next(named, "") or platform.processor() or platform.node()
 
 
+def host_is_busy() -> bool:
+    """Whether far more runs than there are CPUs for, so that what is measured now holds for now only."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+
+
 def cpu_quota() -> float | None:
     """CPUs' worth of time that the cgroup grants; None without a quota."""
     quotas = []

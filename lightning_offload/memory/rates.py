@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_offload.memory.calibrate import measure
-from lightning_offload.memory.host_limits import cpu_model
+from lightning_offload.memory.host_limits import cpu_model, host_is_busy
 from lightning_offload.memory.kept import KeptJson
 
 if TYPE_CHECKING:
@@ -127,6 +127,9 @@ class Rates:
     def _measured_and_kept(cls, kept: KeptJson, key: str, machine: Machine, device: torch.device | str | None) -> Rates:
         log.info("measuring this machine, about 2 s; kept in %s", kept.path)
         rates = cls.measured(device or machine.device_type, host_threads=_host_threads(machine))
+        if host_is_busy():
+            log.warning("other programs keep this machine busy: its rates are what they leave, and are not kept")
+            return rates
         try:
             kept.add(key, asdict(rates))
         except OSError as error:

@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(rates, "_measured_here", {})
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     return tmp_path / "lightning_offload"
 
 
@@ -161,6 +162,17 @@ def test_a_cache_that_cannot_be_written_is_said_once(
     assert [r.levelname for r in caplog.records].count("WARNING") == 1
     assert "cannot be kept" in caplog.text
     assert "Permission denied" in caplog.text
+
+
+def test_what_a_busy_machine_leaves_is_not_kept(
+    folder: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0 * (os.cpu_count() or 1), 0.0, 0.0))
+    machine = Machine.detect()
+    assert Rates.cached(machine) == Rates.cached(machine)
+    assert len(measured) == 1
+    assert "not kept" in caplog.text
+    assert not folder.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_no_error(folder: Path, measured: list[Any]) -> None:
