@@ -146,6 +146,14 @@ def test_arenas_beyond_the_cap_are_refused_before_anything_is_allocated() -> Non
         fit(Lit(), offload(max_host_gib=1e-6))
 
 
+def test_a_cap_holds_where_a_misfit_is_only_warned_about() -> None:
+    with (
+        pytest.warns(UserWarning, match="on_misfit='warn'"),
+        pytest.raises(HostMemoryError, match="raise max_host_gib"),
+    ):
+        fit(Lit(), offload(max_host_gib=1e-6, on_misfit="warn"))
+
+
 def test_a_run_within_its_cap_trains_and_takes_no_more() -> None:
     strategy = offload(max_host_gib=1.0)
     fit(Lit(), strategy)

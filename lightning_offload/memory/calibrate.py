@@ -30,7 +30,7 @@ def measure(device: torch.device | str, host_threads: int) -> dict[str, float]:
         host_threads: Threads that sweep host memory.
     """
     device = torch.device(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         rates = {
             "fp32_tflops": _tflops(device, torch.float32),
             "bf16_tflops": _tflops(device, torch.bfloat16),
