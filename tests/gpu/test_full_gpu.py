@@ -293,7 +293,7 @@ def cuda(device: torch.device, *, pin: bool = True, seed: int | None = None) -> 
     memory = HostMemory(pin=pin)
     lanes = cuda_lanes(memory, device, 2)
     if seed is not None:
-        lanes.streams = DelayedStreams(device, seed)
+        lanes = AsyncLanes(memory, device, DelayedStreams(device, seed), 2)
     try:
         yield lanes
     finally:
