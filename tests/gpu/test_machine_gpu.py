@@ -72,11 +72,10 @@ def test_allocations_stay_within_the_cap_until_it_is_lifted() -> None:
     cap = (CONTEXT_BYTES + 2 * GIB) / GIB
     before = torch.cuda.memory_reserved()
     undo = cap_device("cuda", cap)
+    kept: list[torch.Tensor] = []
     try:
-        kept = []
         with pytest.raises(torch.OutOfMemoryError):
-            for _ in range(100):
-                kept.append(torch.empty(64 * MIB, dtype=torch.uint8, device="cuda"))
+            kept.extend(torch.empty(64 * MIB, dtype=torch.uint8, device="cuda") for _ in range(100))
         assert 1.5 * GIB < torch.cuda.memory_reserved() <= cap * GIB - CONTEXT_BYTES
         assert len(kept) * 64 * MIB + before > GIB, "and most of it can be used"
     finally:
