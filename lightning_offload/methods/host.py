@@ -18,7 +18,7 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.memory.lanes import Event, Lanes, nbytes
 from lightning_offload.memory.slots import Ring
 from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
-from lightning_offload.methods.homes import Home, UnitHomes, host_step, load_state, settle, weight_dtype
+from lightning_offload.methods.homes import CHUNK_NUMEL, Home, UnitHomes, host_step, load_state, settle, weight_dtype
 from lightning_offload.methods.rules import Rule
 from lightning_offload.numerics.norms import adopt_, gradient_norm
 
@@ -133,6 +133,12 @@ class HostOptimizer:
             "sums over micro-batches": [home.total for home in homes if home.total is not None],
         }
         return {name: nbytes(tensors) for name, tensors in held.items() if tensors}
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Host memory in which 16-bit gradients are cast, beside the arenas."""
+        narrow = [home for home in self._home.values() if home.rounded and home.total is None]
+        return max((min(CHUNK_NUMEL, h.wire.numel()) * h.master.element_size() for h in narrow), default=0)
 
     @property
     def ring_bytes(self) -> int:

@@ -139,6 +139,7 @@ class Dry:
             holds |= driver.engine.host.holdings
             report = self.run.lanes.memory.report()
             holds["alignment, small buffers"] = report.allocated_bytes - sum(holds.values())
+            holds["casts"] = driver.engine.host.scratch_bytes
         if machine.device_type == "cpu":
             holds["the run itself (device rows)"] = self.device.bytes
         here = sum(t.nbytes for t in tensors_of(self.scenario.module) if t.device.type == "cpu")  # taken already
