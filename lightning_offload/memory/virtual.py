@@ -33,6 +33,7 @@ class VirtualMemory(HostMemory):
 
     def count(self, name: str, sizes: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> None:
         """Count the region that ``host_buffers`` would make."""
+        assert name not in self._usage, f"two regions are called {name!r}"
         mapped = aligned(region_bytes((size, dtype) for size in sizes), mmap.PAGESIZE)
         self._usage[name] = Usage(sum(sizes) * dtype.itemsize, mapped, mapped if pinned else 0)
 
@@ -208,10 +209,7 @@ class VirtualLanes:
                 end_s = self._end_of(event)
                 if end_s > self.now_s:
                     self.ledger.record("stall", event.kind, 0, self.now_s, end_s, event.priority)
-                    marked = self.ledger.marked
-                    self.mark("")
-                    self.now_s = end_s
-                    self.mark(*marked)
+                    self._stand_still_until(end_s)
 
     def advance(self, seconds: float) -> None:
         """The compute lane was busy for ``seconds``."""
@@ -237,6 +235,13 @@ class VirtualLanes:
     def close(self) -> None:
         """See ``Lanes.close``."""
 
+    def _stand_still_until(self, end_s: float) -> None:
+        """Compute does nothing meanwhile, whatever it is marked to do."""
+        marked = self.ledger.marked
+        self.mark("")
+        self.now_s = end_s
+        self.mark(*marked)
+
     def _moment(self, end_s: float) -> _Timed:
         event = _Timed("compute", "", 0, 0.0, -1, 0)
         event.end_s = end_s
@@ -245,9 +250,10 @@ class VirtualLanes:
     def _submit(self, lane: str, kind: str, size: int, seconds: float, after: Iterable[Event], priority: int) -> _Timed:
         with self._lock:
             if self.shares_memory:
-                self.ledger.record(lane, kind, size, self.now_s, self.now_s + seconds, priority)
-                self.now_s += seconds
-                return self._moment(self.now_s)
+                end_s = self.now_s + seconds
+                self.ledger.record(lane, kind, size, self.now_s, end_s, priority)
+                self._stand_still_until(end_s)
+                return self._moment(end_s)
             self._number += 1
             operation = _Timed(lane, kind, size, seconds, priority, self._number)
             for event in own_events(_Timed, after):
