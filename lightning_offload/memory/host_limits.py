@@ -71,8 +71,8 @@ def cpu_model() -> str:
 
 
 def host_is_busy() -> bool:
-    """Whether far more runs than there are CPUs for, so that what is measured now holds for now only."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+    """Whether more runs than there are CPUs for, so that what is measured now holds for now only."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def cpu_quota() -> float | None:
