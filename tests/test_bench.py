@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from lightning_offload.bench import SECTIONS, BenchSettings, Report, Row, Table,
 from lightning_offload.bench.arms import ARMS, METHODS, NATIVE, Arm, state_bytes
 from lightning_offload.bench.bounds import Counts, full_bound_s
 from lightning_offload.bench.measure import CannotRun, Spread, ratio, round_robin
+from lightning_offload.bench.simulated import machines
 from lightning_offload.bench.training import Workload, compare, take_turn
 from lightning_offload.memory.rates import Rates
 from lightning_offload.text import CausalLM
@@ -77,7 +79,7 @@ def test_every_section_runs_on_the_cpu_and_yields_finite_positive_numbers(name: 
         assert table.markdown() in said
         assert all(math.isfinite(value) and value >= 0 for row in table.rows for value in row.values.values())
         timed = [row for row in table.rows if row.samples_s]
-        assert len(timed) == (0 if name == "rates" else len(table.rows))
+        assert len(timed) == (0 if name in ("rates", "simulated") else len(table.rows))
         assert all(second > 0 for row in timed for second in row.samples_s)
 
 
@@ -142,6 +144,15 @@ def test_a_table_has_a_row_per_arm() -> None:
     ]
 
 
+def test_every_machine_with_rates_is_simulated_and_none_beats_its_bound() -> None:
+    (table,) = sections._simulated(replace(QUICK, models=["gpt2"], batch=1, length=8))
+    assert [row.arm for row in table.rows] == [f"{name}: full" for name in machines()]
+    assert {"laptop_4gb", "rtx4090"} <= machines().keys()
+    assert not {"auto", "cpu"} & machines().keys()
+    assert all(0 < row.values["percent_of_bound"] <= 100 + 1e-6 for row in table.rows)
+    assert all(row.values["step_s"] <= row.values["zero_offload_s"] for row in table.rows)
+
+
 def test_every_method_is_measured_beside_native_with_its_lanes() -> None:
     rows, notes = compare(WORK, [NATIVE, *METHODS], rounds=2, steps=2, rates=RATES)
     assert [row.arm for row in rows] == [NATIVE.name, *(method.name for method in METHODS)]
@@ -201,13 +212,17 @@ def test_an_optimizer_that_lightning_cannot_drive_steps_all_the_same() -> None:
     assert turn.step_s > 0
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_what_does_not_fit_is_said_and_given_back() -> None:
+    made: list[weakref.ref[CausalLM]] = []
+
     def too_much(module: CausalLM) -> None:
+        made.append(weakref.ref(module))
         raise torch.OutOfMemoryError("all of it")
 
-    rows, notes = compare(WORK, [NATIVE, Arm(name="big", prepare=too_much)], rounds=1, steps=1, rates=None)
-    assert len(rows) == 1
-    assert notes == ("big: does not fit on the device",)
+    with pytest.raises(CannotRun, match="does not fit on the device") as refusal:
+        take_turn(WORK, Arm(name="big", prepare=too_much), steps=1)
+    assert made[0]() is None
+    assert refusal.value.__context__ is None
 
 
 def test_optimizer_state_is_counted_with_projectors() -> None:
@@ -260,7 +275,7 @@ def test_the_bound_of_full_is_the_longest_way_through_its_lanes(counts: Counts, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sections": ["hots"]}, r"no section 'hots'; there are rates, host, overhead, training"),
+        ({"sections": ["hots"]}, r"no section 'hots'; there are rates, host, overhead, simulated, training"),
         ({"models": ["opt_3b"]}, r"no model 'opt_3b'; there are gpt2, .*opt_175b.*qwen3_8b"),
         ({"rounds": 0}, r"rounds=0: give at least 1"),
     ],

@@ -50,7 +50,7 @@ RULES = {
     "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(
-        "errors memory methods behaviour strategies text",
+        "errors memory methods planning behaviour strategies text",
         "torch lightning typing_extensions",
         "yaml torchao galore_torch peft",
     ),

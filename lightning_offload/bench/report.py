@@ -28,6 +28,10 @@ _HEADS = {
     "allocated_gib": "peak GiB",
     "reserved_gib": "reserved GiB",
     "state_gib": "state GiB",
+    "device_gib": "device GiB",
+    "host_gib": "host GiB",
+    "native_s": "native s",
+    "zero_offload_s": "ZeRO-Offload's schedule s",
 }
 _WITH_RATIO = ("ratio_low", "ratio_high")
 

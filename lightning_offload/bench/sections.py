@@ -14,6 +14,7 @@ import torch
 from lightning_offload.bench.arms import ARMS
 from lightning_offload.bench.host import host_phase
 from lightning_offload.bench.report import Report, Row, Table, environment
+from lightning_offload.bench.simulated import simulate
 from lightning_offload.bench.training import Workload, compare
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.rates import Rates
@@ -56,7 +57,7 @@ class BenchSettings:
         rounds: Of the host phase; every round runs every arm once.
         training_rounds: Of whole training steps, each of which makes its model anew.
         steps: Training steps per arm and round whose time counts.
-        models: Of the section ``training``, by their names in ``conf/model``.
+        models: Of the sections ``simulated`` and ``training``, by their names in ``conf/model``.
         batch: Sequences per step, for these models.
         length: Tokens of each.
 
@@ -129,6 +130,11 @@ def _overhead(settings: BenchSettings) -> list[Table]:
     return [_trained("overhead", work, settings, None)]
 
 
+def _simulated(settings: BenchSettings) -> list[Table]:
+    shapes = {name: shape(name) or {} for name in settings.models}
+    return [simulate(name, of, batch=settings.batch, length=settings.length) for name, of in shapes.items()]
+
+
 def _training(settings: BenchSettings) -> list[Table]:
     rates = _rates() if _device() == "cuda" else None  # without a device the lanes are one and the same processor
     return [_trained("training", _workload(name, settings), settings, rates) for name in settings.models]
@@ -151,7 +157,7 @@ def _workload(name: str, settings: BenchSettings) -> Workload:
 
 def _trained(section: str, work: Workload, settings: BenchSettings, rates: Rates | None) -> Table:
     rows, notes = compare(work, ARMS, rounds=settings.training_rounds, steps=settings.steps, rates=rates)
-    title = f"{work.title}, {work.precision}, {settings.training_rounds} rounds of {settings.steps} steps"
+    title = f"{work.title}, {work.precision}, {settings.training_rounds} x {settings.steps} steps"
     return Table(section, title, rows, notes)
 
 
@@ -163,6 +169,7 @@ SECTIONS: dict[str, Section] = {
     "rates": Section(_rates_table),
     "host": Section(_host),
     "overhead": Section(_overhead),
+    "simulated": Section(_simulated),
     "training": Section(_training, _no_cuda),
 }
 """By name, in the order of a run."""

@@ -128,11 +128,12 @@ def take_turn(workload: Workload, arm: Arm, steps: int) -> Turn:
         with _silence():
             return _fit(workload, arm, steps)
     except torch.OutOfMemoryError:
-        raise CannotRun("does not fit on the device") from None
-    except OffloadError as why:
-        raise CannotRun(str(why)) from why
+        why = "does not fit on the device"
+    except OffloadError as error:
+        why = str(error)
     finally:
         _leave_nothing(workload.device)
+    raise CannotRun(why)  # not in a handler: the exception's frames would keep the model alive
 
 
 def _leave_nothing(device: str) -> None:
