@@ -15,6 +15,7 @@ from lightning_offload.memory.ledger import Span
 from lightning_offload.timeline import LaneUse, Prediction, StepUse
 from tests.lit import Lit, assert_equal_modules, fit, offload
 from tests.streams import thread_lanes
+from tests.test_parity import WritesWeights
 from tests.test_trainer_on_streams import Streamed
 
 pytestmark = pytest.mark.timeout(120)
@@ -62,20 +63,38 @@ def test_the_same_bits_and_nothing_left_behind(tmp_path: Path, accumulate_grad_b
     fit(traced, strategy, callbacks=[OffloadTimeline(tmp_path, first_step=2)], **options)
     assert_equal_modules(traced, plain)
     assert strategy.engine.lanes.ledger.spans is None
-    assert len({event["tid"] for event in events(tmp_path, "forward")}) == 1
+    assert sum(event["args"]["bytes"] for event in events(tmp_path, "weights")) == 2 * offloaded_bytes(strategy)
     assert strategy._window.weights == ()  # it is no reason to wait for weights
 
 
-def test_on_lanes_side_by_side(tmp_path: Path) -> None:
+def bytes_of(table: str, label: str) -> int:
+    (row,) = [line for line in table.splitlines() if line.startswith(f"{label}, bytes")]
+    return int(row.split()[-1].replace(",", ""))
+
+
+def test_on_lanes_side_by_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, traced = Lit(tied=True), Lit(tied=True)
     fit(plain, offload())
-    with thread_lanes() as lanes:
+    with thread_lanes() as lanes, caplog.at_level(logging.INFO):
         strategy = Streamed(min_numel=0)
         strategy.lanes = lanes
         fit(traced, strategy, callbacks=[OffloadTimeline(tmp_path)])
         assert not lanes.streams.clock_kept
     assert_equal_modules(traced, plain)
-    assert sum(event["args"]["bytes"] for event in events(tmp_path, "weights")) == 2 * offloaded_bytes(strategy)
+    moved = offloaded_bytes(strategy)
+    assert sum(event["args"]["bytes"] for event in events(tmp_path, "weights")) == 2 * moved
+    assert bytes_of(caplog.messages[-1], "host to device") == moved
+
+
+def test_what_belongs_to_no_step_is_not_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that others may write are taken over between steps."""
+    with caplog.at_level(logging.INFO):
+        fit(Lit(), offload(), callbacks=[OffloadTimeline(tmp_path)])
+        expected = bytes_of(caplog.messages[-1], "device to host")
+        strategy = offload()
+        fit(Lit(), strategy, callbacks=[OffloadTimeline(tmp_path), WritesWeights()])
+    assert strategy.engine.lanes.ledger.moved("d2h", "adopt") > 0
+    assert bytes_of(caplog.messages[-1], "device to host") == expected
 
 
 def test_prediction_is_drawn_above_and_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

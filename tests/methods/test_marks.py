@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -72,6 +72,17 @@ STEP = ("step", [-1])
 def test_forward_backward_and_step_go_through_the_units(lanes: Lanes, micro_batches: int, late: bool) -> None:
     spans = steps(Net(), lanes, micro_batches=micro_batches, late=late)
     assert phases(spans) == ([FORWARD, BACKWARD] * micro_batches + [STEP]) * STEPS
+
+
+def test_a_unit_s_backward_ends_with_its_last_gradient() -> None:
+    spans = steps(Net(), lanes_of("inline"))
+    bounds = [spans[0].start_s, *step_starts_s(spans), spans[-1].end_s]
+    for begun_s, ended_s in pairwise(bounds):
+        step = [span for span in spans if begun_s <= span.start_s < ended_s]
+        for order in (EMBED, *BLOCKS, NORM, HEAD):
+            last_s = max(span.end_s for span in step if span.kind == "gradients" and span.order == order)
+            below = [span for span in step if span.kind == "backward" and span.order < order]
+            assert all(span.start_s >= last_s for span in below)
 
 
 @pytest.mark.parametrize("recompute", ["reentrant", "non_reentrant"])
