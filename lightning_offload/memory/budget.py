@@ -199,7 +199,7 @@ class Machine:
                 device_free_bytes=max(0, min(self.device_free_bytes, device_bytes - held)),
             )
         if host_bytes is not None and host_bytes < self.host_total_bytes:
-            cap = f"capped at {host_bytes / GIB:.2f} GiB"
+            cap = f"max_host_gib={host_bytes / GIB:.4g}"
             binds = host_bytes < self.host_available_bytes
             machine = replace(
                 machine,

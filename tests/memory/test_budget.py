@@ -383,10 +383,10 @@ def test_a_cap_only_takes_and_a_smaller_one_takes_more(device: int, more: int, h
 def test_a_cap_says_so_where_it_binds() -> None:
     machine = replace(described(), host_available_bytes=10 * GIB, host_limit="free memory")
     assert machine.capped(host_bytes=64 * GIB).host_limit == "free memory"
-    assert machine.capped(host_bytes=20 * GIB).host_limit == "free memory, capped at 20.00 GiB"
-    assert machine.capped(host_bytes=5 * GIB).host_limit == "capped at 5.00 GiB"
-    assert machine.capped(host_bytes=5 * GIB).lockable_limit == "capped at 5.00 GiB"
-    with pytest.raises(HostMemoryError, match=r"needs 6\.00 GiB.* 5\.00 GiB is available \(capped at 5\.00 GiB\)"):
+    assert machine.capped(host_bytes=20 * GIB).host_limit == "free memory, max_host_gib=20"
+    assert machine.capped(host_bytes=5 * GIB).host_limit == "max_host_gib=5"
+    assert machine.capped(host_bytes=5 * GIB).lockable_limit == "max_host_gib=5"
+    with pytest.raises(HostMemoryError, match=r"needs 6\.00 GiB.* 5\.00 GiB is available \(max_host_gib=5\)"):
         machine.capped(host_bytes=5 * GIB).require_host(6 * GIB, what="it")
 
 
