@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ SMALL = {
 """20 M parameters: where there is nothing to gain, what does offloading cost?"""
 
 
-def shape(name: str) -> dict[str, Any] | None:
-    """The config of a model of ``conf/model``; None where it is not given by shape."""
+def shape(name: str) -> dict[str, Any]:
+    """The config of a model of ``conf/model``; empty where it is not given by shape."""
     import yaml
 
     text = files("lightning_offload.conf").joinpath(f"model/{name}.yaml").read_text()
     config = yaml.safe_load(text)["model"].get("config")
-    return config if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
 def model_names() -> list[str]:
@@ -94,11 +94,11 @@ class Section:
     """One part of a run.
 
     Attributes:
-        measure: Its tables.
+        measure: Its tables, one after the other.
         why_not: Why it is left out here unless it is asked for by name; None where it belongs.
     """
 
-    measure: Callable[[BenchSettings], list[Table]]
+    measure: Callable[[BenchSettings], Iterable[Table]]
     why_not: Callable[[], str | None] = lambda: None
 
 
@@ -114,38 +114,38 @@ def _rates() -> Rates:
     return Rates.measured(_device(), host_threads=threads)
 
 
-def _rates_table(settings: BenchSettings) -> list[Table]:
+def _rates_table(settings: BenchSettings) -> Iterator[Table]:
     rows = tuple(Row(name, {"rate": value}) for name, value in asdict(_rates()).items())
-    return [Table("rates", f"rates with {Machine.detect(_device()).device_name} as the device", rows)]
+    yield Table("rates", f"rates with {Machine.detect(_device()).device_name} as the device", rows)
 
 
-def _host(settings: BenchSettings) -> list[Table]:
-    return [host_phase(settings.numel, settings.rounds)]
+def _host(settings: BenchSettings) -> Iterator[Table]:
+    yield host_phase(settings.numel, settings.rounds)
 
 
-def _overhead(settings: BenchSettings) -> list[Table]:
+def _overhead(settings: BenchSettings) -> Iterator[Table]:
+    parameters = "20 M parameters, 8 x 256 tokens"
     work = Workload(
-        title="step on the CPU", config=SMALL, batch=8, length=256, device="cpu", precision="32-true", recompute=False
+        title=f"step on the CPU, {parameters}", config=SMALL, batch=8, length=256, device="cpu", precision="32-true"
     )
-    return [_trained("overhead", work, settings, None)]
+    yield _trained("overhead", work, settings, None)
 
 
-def _simulated(settings: BenchSettings) -> list[Table]:
-    shapes = {name: shape(name) or {} for name in settings.models}
-    return [simulate(name, of, batch=settings.batch, length=settings.length) for name, of in shapes.items()]
+def _simulated(settings: BenchSettings) -> Iterator[Table]:
+    for name in settings.models:
+        yield simulate(name, shape(name), batch=settings.batch, length=settings.length)
 
 
-def _training(settings: BenchSettings) -> list[Table]:
+def _training(settings: BenchSettings) -> Iterator[Table]:
     rates = _rates() if _device() == "cuda" else None  # without a device the lanes are one and the same processor
-    return [_trained("training", _workload(name, settings), settings, rates) for name in settings.models]
+    for name in settings.models:
+        yield _trained("training", _workload(name, settings), settings, rates)
 
 
 def _workload(name: str, settings: BenchSettings) -> Workload:
-    config = shape(name)
-    assert config is not None  # BenchSettings has looked
     return Workload(
         title=f"{name}, {settings.batch} x {settings.length} tokens",
-        config=config,
+        config=shape(name),
         batch=settings.batch,
         length=settings.length,
         device=_device(),
@@ -176,7 +176,7 @@ SECTIONS: dict[str, Section] = {
 
 
 def run_bench(settings: BenchSettings, folder: Path | None = None, say: Callable[[str], object] = print) -> Report:
-    """Measure section by section; each is said, and written, as soon as it is done.
+    """Measure section by section; each table is said, and written with all before it, as soon as it is done.
 
     Args:
         settings: What and how long.
@@ -189,16 +189,16 @@ def run_bench(settings: BenchSettings, folder: Path | None = None, say: Callable
     report = Report(environment(), asdict(settings))
     say(report.markdown())
     for name, section in SECTIONS.items():
-        why_not = section.why_not()
         if settings.sections is not None and name not in settings.sections:
             continue
-        if settings.sections is None and why_not:
-            tables = [Table(name, name, (), (f"left out: {why_not}",))]
-        else:
-            tables = section.measure(settings)
-        report = Report(report.environment, report.settings, (*report.tables, *tables))
-        for table in tables:
+        for table in _tables(name, section, settings):
+            report = replace(report, tables=(*report.tables, table))
             say(table.markdown())
-        if folder is not None:
-            report.save(folder)
+            if folder is not None:
+                report.save(folder)
     return report
+
+
+def _tables(name: str, section: Section, settings: BenchSettings) -> Iterable[Table]:
+    why_not = section.why_not() if settings.sections is None else None
+    return [Table(name, name, (), (f"left out: {why_not}",))] if why_not else section.measure(settings)
