@@ -20,7 +20,7 @@ PHASES = {"forward": "#d9e6f2", "backward": "#33506e", "step": "#c8743a"}
 """Colours of the strip above the device's row."""
 
 _ROW, _STRIP = 0.8, 0.26  # heights, in rows
-_LABELLED = 11  # units that the colour scale has room to name
+_LABELLED = 8  # units that the colour scale has room to name
 _SLIVER = 0.003  # share of the picture's width below which a bar has no white edge
 
 
@@ -44,7 +44,8 @@ class StepUse:
     Attributes:
         lanes: By lane.
         step_s: Wall time from one step to the next.
-        device_peak_bytes: Most device memory held at once; ``None`` where nothing is known of it.
+        device_peak_bytes: Most device memory taken at once, by torch's allocator and by CUDA itself; ``None`` where
+            nothing is known of it.
     """
 
     lanes: Mapping[str, LaneUse]
@@ -280,7 +281,8 @@ def _draw_phases(axes: Any, compute: Sequence[Span], origin_s: float, extent_s: 
 def _use(spans: Sequence[Span], lane: str, extent_s: float) -> str:
     """Share of the time in which the lane was busy, and what it moved."""
     busy = busy_s(spans, lane)
-    text = f"{100 * busy / extent_s:.0f} % busy" if extent_s else ""
+    share = 100 * busy / extent_s if extent_s else 0.0
+    text = f"{share:.{0 if share >= 1 or not share else 1}f} % busy"
     moved = sum(span.bytes for span in spans)
     if moved and busy:
         rate = f"{moved / busy / 1e9:.3g} GB/s"
@@ -293,8 +295,8 @@ def _draw_legend(axes: Any, colors: Sequence[Any], units: Sequence[str]) -> None
     """The scale of the units in the order in which a forward runs them, and what the other colours are."""
     width = 0.64 / len(colors)
     axes.broken_barh([(at * width, width) for at in range(len(colors))], (0, 1), facecolors=colors)
-    spread = 8 if len(colors) > _LABELLED else len(colors)
-    places = sorted({round(at * (len(colors) - 1) / max(spread - 1, 1)) for at in range(spread)})
+    places = list(range(0, len(colors), -(-len(colors) // _LABELLED)))
+    places[-1] = max(len(colors) - 1, places[-1])
     axes.set_xticks(
         [(at + 0.5) * width for at in places], [_short(unit_name(at + 1, units)) for at in places], fontsize=8
     )

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.ledger import Ledger, Span, Total
 from lightning_offload.methods.engine import Engine
 from lightning_offload.timeline import LANES, LaneUse, Prediction, StepUse, draw, summary, write_trace
@@ -27,8 +28,9 @@ class OffloadTimeline(Callback):
 
     Nothing is in flight when the first traced step begins and when the last one ends; in between, and in every other
     step, nothing waits for the trace. At the end of fit the cost of one step, over all steps from the first traced
-    one on, is printed beside the prediction: bytes to the last one, the median wall time. Steps are counted from the
-    start of this fit. Without offloading it says so and does nothing.
+    one on, is printed beside the prediction: bytes to the last one, the median wall time; how long the
+    device computes is known of the traced steps alone. Steps are counted from the start of this fit. Without
+    offloading it says so and does nothing.
 
     Args:
         out: Folder of the two files.
@@ -146,9 +148,13 @@ class OffloadTimeline(Callback):
             pairs = [(total, self._before.get(key, Total())) for key, total in now.items() if key[0] == lane]
             moved = sum(total.bytes - before.bytes for total, before in pairs)
             lanes[lane] = LaneUse(round(moved / steps), sum(t.seconds - b.seconds for t, b in pairs) / steps)
-        device = engine.lanes.device
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        return StepUse(lanes, median(self._seconds), peak)
+        return StepUse(lanes, median(self._seconds), _device_peak_bytes(engine.lanes.device))
+
+
+def _device_peak_bytes(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(device) + Machine.detect(device).context_bytes
 
 
 def _totals(ledger: Ledger) -> dict[tuple[str, str], Total]:
