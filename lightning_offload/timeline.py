@@ -256,7 +256,8 @@ def _draw_panel(axes: Any, name: str, spans: Sequence[Span], colors: Sequence[An
     for start_s in step_starts_s(spans):
         at = (start_s - origin_s) * 1e3
         axes.axvline(at, color="black", linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate("next step", (at, 1), xycoords=axes.get_xaxis_transform(), fontsize=8, ha="center")
+        place = {"xycoords": axes.get_xaxis_transform(), "xytext": (0, 2), "textcoords": "offset points"}
+        axes.annotate("next step", (at, 1), **place, fontsize=8, ha="center")
     axes.set_yticks(range(len(LANES)), list(LANES.values()), fontsize=9)
     axes.set_ylim(len(LANES) - 0.45, -0.5 - _STRIP - 0.08)
     axes.tick_params(axis="y", length=0)
