@@ -36,19 +36,19 @@ class OffloadTimeline(Callback):
         out: Folder of the two files.
         first_step: Number of the first traced optimizer step, from 1; those before warm up. The order in which units
             run is learned in step 1.
-        steps: How many are traced.
+        steps: How many are traced; 0 compares, and writes nothing.
         predicted: What a plan expects; drawn above what is measured.
 
     Raises:
-        ValueError: ``first_step`` or ``steps`` is below 1.
+        ValueError: ``first_step`` is below 1, or ``steps`` below 0.
     """
 
     def __init__(
         self, out: str | Path, *, first_step: int = 3, steps: int = 2, predicted: Prediction | None = None
     ) -> None:
-        for name, value in (("first_step", first_step), ("steps", steps)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}")
+        for name, value, least in (("first_step", first_step, 1), ("steps", steps, 0)):
+            if value < least:
+                raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}")
         self.out = Path(out)
         self.first_step, self.steps, self.predicted = first_step, steps, predicted
         self._engine: Engine | None = None
@@ -69,8 +69,9 @@ class OffloadTimeline(Callback):
             return
         self._engine.flush()
         self._before = _totals(self._engine.lanes.ledger)
-        self._engine.lanes.ledger.start_trace()
-        self._tracing, self._since_s = True, Ledger.clock()
+        if self.steps:
+            self._engine.lanes.ledger.start_trace()
+        self._tracing, self._since_s = bool(self.steps), Ledger.clock()
 
     @override
     def on_train_batch_end(
