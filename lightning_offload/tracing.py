@@ -143,7 +143,8 @@ class OffloadTimeline(Callback):
     def _measured(self, engine: Engine) -> StepUse:
         """One step, on average; nothing is in flight."""
         assert self._before is not None
-        steps, lanes = len(self._seconds), {"compute": LaneUse(0, self._traced_compute_s)}
+        steps = len(self._seconds)
+        lanes = {"compute": LaneUse(0, self._traced_compute_s)} if self.steps else {}
         now = _totals(engine.lanes.ledger)
         for lane in LANES.keys() & {lane for lane, _ in now} - {"compute"}:
             pairs = [(total, self._before.get(key, Total())) for key, total in now.items() if key[0] == lane]

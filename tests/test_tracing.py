@@ -146,7 +146,7 @@ def test_an_exception_ends_the_trace(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["first_step", "steps"])
-def test_nonsense_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"`{name}` must be an integer >= 1, got 0"):
-        OffloadTimeline("out", **{name: 0})
+@pytest.mark.parametrize(("name", "least"), [("first_step", 1), ("steps", 0)])
+def test_nonsense_is_refused(name: str, least: int) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be an integer >= {least}, got {least - 1}"):
+        OffloadTimeline("out", **{name: least - 1})
