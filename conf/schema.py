@@ -72,10 +72,28 @@ class Train(Running):
     name: str | None = None
     runs_dir: str = "runs"
     export: bool = True
+    plan: bool = True
+    trace: bool = True
     optimizer: Any = MISSING
     scheduler: Any = None
     callbacks: Any = None
     logger: Any = None
+
+
+@dataclass
+class Plan(Running):
+    """`lightning-offload plan`."""
+
+    optimizer: Any = MISSING
+    compare: bool = False
+    output: str | None = None
+
+
+@dataclass
+class Doctor:
+    """`lightning-offload doctor`."""
+
+    device: str | None = None
 
 
 @dataclass
@@ -115,5 +133,5 @@ class Bench:
 def register() -> None:
     """Make the schemas known to Hydra, as the first entry of each command's defaults list."""
     store = ConfigStore.instance()
-    for schema in (Train, Evaluate, Export, Bench):
+    for schema in (Train, Evaluate, Export, Bench, Plan, Doctor):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -30,6 +30,7 @@ from lightning_offload.memory.cuda import cuda_lanes
 from lightning_offload.memory.lanes import InlineLanes, Lanes
 from lightning_offload.methods.engine import GRADIENTS, Engine
 from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.methods.uses import Uses
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.windows import Window, find_window
 
@@ -51,6 +52,8 @@ class OffloadBehaviour(Strategy):
     strategy_name: ClassVar[str]
     settings: FullSettings
     engine: Engine | None = None
+    uses: Uses | None = None
+    """What a plan has found out about the forward; the engine then serves units in the right order from step one."""
     _window = Window()
     _adopt_due = False
     _pending: Mapping[str, Tensor] = {}
@@ -164,6 +167,7 @@ class OffloadBehaviour(Strategy):
             self.precision_plugin.dtypes(method.name),
             machine=machine,
             expects_clip=bool(self._expected_clip(trainer, module)),
+            uses=self.uses,
         )
         self._look_for_readers(trainer, module)
 

@@ -92,8 +92,10 @@ def folder_of(checkpoint: Path) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Leave nothing behind when a run stopped before it wrote anything."""
+    """Leave nothing behind when a run stopped before it wrote anything; never the working folder."""
     with suppress(OSError):
+        if folder.resolve() == Path.cwd():
+            return
         folder.rmdir()
 
 

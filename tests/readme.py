@@ -57,7 +57,7 @@ TREE = {
     "lightning_offload/planning/": "`plan()`: memory by place, time by lane, what to change; as text, JSON, picture",
     "lightning_offload/export.py": "a Hugging Face folder, checked by its logits",
     "lightning_offload/text/": "language models, data modules, the shipped model and its corpus",
-    "lightning_offload/cli.py": "`lightning-offload train | evaluate | export`",
+    "lightning_offload/cli/": "`lightning-offload train | plan | evaluate | export | bench | doctor`",
     "lightning_offload/doctor.py": "what was found on a machine, what will be used and why",
     "lightning_offload/runs.py": "where runs live, and which one is the last",
     "lightning_offload/plots.py": "`loss.png`",

@@ -82,7 +82,7 @@ def get_class_or_function(target: str, key: str) -> Any:
         raise
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "bench"])
+@pytest.mark.parametrize("command", ["train", "plan", "evaluate", "export", "bench", "doctor"])
 def test_every_command_composes_and_its_help_fits_a_screen(command: str) -> None:
     overrides = ["ckpt_path=a"] if command == "export" else []
     cfg = composed(*overrides, command=command)

@@ -1,0 +1,73 @@
+"""From configuration to objects, each said in one line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lightning_offload.errors import OffloadError
+
+_LINE_LENGTH = 118
+
+
+def build(cfg: DictConfig | ListConfig, key: str, **extra: Any) -> Any:
+    """Make the object that a group describes, and say so in one line."""
+    node = OmegaConf.select(cfg, key)
+    if node is None:
+        return None
+    shown = ", ".join(f"{name}={value}" for name, value in _telling(node))
+    choice = HydraConfig.get().runtime.choices.get(key)
+    line = f"{f'{key}={choice}' if choice else key:<26} {node._target_.rpartition('.')[2]}({shown})"
+    print(line if len(line) <= _LINE_LENGTH else f"{line[: _LINE_LENGTH - 4]} ...")
+    made = instantiate(node, _convert_="all", **extra)
+    if isinstance(made, functools.partial):  # called long after: a misspelt key has to be found now
+        try:
+            inspect.signature(made.func).bind_partial(**made.keywords)
+        except TypeError as error:
+            raise TypeError(f"{key}: {error}") from error
+    return made
+
+
+def _telling(node: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that say something in a line."""
+    for name in map(str, node):
+        if not name.startswith("_") and node[name] is not None and not OmegaConf.is_config(node[name]):
+            yield name, node[name]
+
+
+def build_all(cfg: DictConfig, group: str) -> list[Any]:
+    """Make the objects of a group that has several."""
+    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {}]
+
+
+def build_data(cfg: DictConfig, model: Any) -> Any:
+    """Make the data module, with the tokenizer of the model."""
+    data = build(cfg, "data")
+    data.tokenizer = model.tokenizer
+    return data
+
+
+def dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of this name.
+
+    Raises:
+        OffloadError: There is none, or it is no floating-point dtype.
+    """
+    dtype = getattr(torch, name, None) if name else None
+    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OffloadError(f"`dtype` is float32, bfloat16 or float16; got {name!r}")
+    return dtype
+
+
+def shown(path: str | Path) -> str:
+    """Relative to the working folder, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)

@@ -1,0 +1,101 @@
+"""`lightning-offload plan`, and the plan that a run prints first."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_offload.cli.building import build, build_data, shown
+from lightning_offload.cli.users import user_errors
+from lightning_offload.errors import OffloadError
+from lightning_offload.memory.budget import Machine, machine_from
+from lightning_offload.methods.full import FullSettings
+from lightning_offload.planning import Plan
+from lightning_offload.planning import plan as make_plan
+
+
+def plan(cfg: DictConfig) -> int:
+    """Print the plan; 0 whenever there is an answer, fit or not."""
+    with user_errors():
+        machine = machine_from(_plain(cfg.hardware))
+        optimizer = build(cfg, "optimizer")
+        model = _model_without_weights(cfg, optimizer)
+        made = make_plan(model, _batch(cfg, model), hardware=machine, compare=cfg.compare, **_how(cfg))
+    print(f"\n{made}")
+    if cfg.output:
+        folder = Path(cfg.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(made.to_json() + "\n")
+        print(f"\nwritten to {shown(folder / 'plan.json')} and {shown(made.plot(folder / 'plan.png'))}")
+    return 0
+
+
+def plan_of_run(cfg: DictConfig, trainer: L.Trainer, model: Any, batch: Any, optimizer: Any) -> Plan | None:
+    """What this run will take on this machine, printed; None where its model cannot be planned."""
+    try:
+        machine = _this_machine(cfg, trainer.strategy.root_device)
+        made = make_plan(
+            model,
+            batch,
+            hardware=machine,
+            optimizer=optimizer(list(model.parameters())) if optimizer else None,
+            **_how(cfg),
+        )
+    except OffloadError as error:
+        print(f"no plan: {error}")
+        return None
+    print(f"\n{made}\n")
+    return made
+
+
+def _how(cfg: DictConfig) -> dict[str, Any]:
+    """What the configuration says of the steps."""
+    trainer = cfg.trainer
+    settings = None
+    if OmegaConf.is_config(trainer.strategy):
+        given = _plain(trainer.strategy)
+        names = {field.name for field in dataclasses.fields(FullSettings)}
+        settings = FullSettings(**{name: value for name, value in given.items() if name in names})
+    return {
+        "method": cfg.method.name,
+        "settings": settings,
+        "precision": cfg.precision.precision,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm or "norm",
+    }
+
+
+def _this_machine(cfg: DictConfig, device: torch.device) -> Machine:
+    """The machine at hand, no larger than the one that is to be imitated."""
+    limits = {key: cfg.hardware.get(key) for key in ("device_gib", "host_gib")}
+    return machine_from({"name": "auto", **limits}, device)
+
+
+def _model_without_weights(cfg: DictConfig, optimizer: Any) -> Any:
+    """Made on the meta device: nothing is read but a config, nothing allocated."""
+    shape = {"init": "random"} if "init" in cfg.model else {}  # else weights would be read
+    with torch.device("meta"):
+        return build(cfg, "model", optimizer=optimizer, scheduler=None, **shape)
+
+
+def _batch(cfg: DictConfig, model: Any) -> Any:
+    """A micro-batch by shape; of data of one's own, the first."""
+    size, length = cfg.data.get("batch_size"), cfg.data.get("sequence_length")
+    if size and length:
+        from lightning_offload.text import batch_by_shape
+
+        return batch_by_shape(size, length, 1)
+    data = build_data(cfg, model)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    made: Any = OmegaConf.to_container(node, resolve=True)
+    return dict(made)

@@ -1,0 +1,67 @@
+"""`lightning-offload evaluate` and `export`: what a run has made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_offload import runs
+from lightning_offload.cli.building import build, build_data, dtype, shown
+from lightning_offload.cli.training import validate
+from lightning_offload.cli.users import user_errors
+from lightning_offload.errors import OffloadError
+from lightning_offload.export import export_to_hf, load_weights
+
+
+def evaluate(cfg: DictConfig) -> int:
+    """Print loss, perplexity, bits per byte and a sample, and write them to a JSON file."""
+    with user_errors():
+        checkpoint = runs.find_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
+        run = runs.folder_of(checkpoint) if checkpoint else None
+        _fill_in(cfg, run)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        model = build(cfg, "model")
+        if checkpoint:
+            load_weights(model, checkpoint)
+        data = build_data(cfg, model)
+        trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False)
+    metrics = validate(trainer, model, data)
+    sample = model.to(trainer.strategy.root_device).generate(cfg.prompt, cfg.max_new_tokens)
+    print("\n" + "   ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()))
+    print(f"\n{cfg.prompt}{sample}\n")
+    output = Path(cfg.output or (run or Path()) / "evaluation.json")
+    result = {**metrics, "checkpoint": checkpoint and str(checkpoint), "prompt": cfg.prompt, "sample": sample}
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {shown(output)}")
+    return 0
+
+
+def export(cfg: DictConfig) -> int:
+    """Write a Hugging Face folder from a run's checkpoint."""
+    with user_errors():
+        checkpoint = runs.find_checkpoint(cfg.ckpt_path)
+        folder = runs.folder_of(checkpoint)
+        model = build(OmegaConf.load(folder / runs.CONFIG), "model")
+        load_weights(model, checkpoint)
+        output = export_to_hf(
+            model, cfg.output or folder / runs.MODEL, max_shard_gib=cfg.max_shard_gib, dtype=dtype(cfg.dtype)
+        )
+    print(f"written to {shown(output)}; reloaded, it gives the logits of {shown(checkpoint)}")
+    return 0
+
+
+def _fill_in(cfg: DictConfig, run: Path | None) -> None:
+    """Take the model and the data of the run, where none was given."""
+    stored = OmegaConf.load(run / runs.CONFIG) if run else OmegaConf.create()
+    with open_dict(cfg):
+        for key in ("model", "data"):
+            cfg[key] = cfg[key] if cfg[key] is not None else OmegaConf.select(stored, key)
+    missing = [key for key in ("model", "data") if cfg[key] is None]
+    if missing:
+        raise OffloadError(
+            f"nothing says which {' and '.join(missing)} to evaluate: give ckpt_path=<run>, or model=<option> "
+            "data=<option> (--help lists them)"
+        )

@@ -1,0 +1,148 @@
+"""`lightning-offload train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_offload import runs
+from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.cli.building import build, build_all, build_data, shown
+from lightning_offload.cli.planning import plan_of_run
+from lightning_offload.cli.users import BAD_VALUES, user_errors
+from lightning_offload.errors import OffloadError
+from lightning_offload.export import check_weights, export_to_hf
+from lightning_offload.memory.budget import cap_device
+from lightning_offload.planning import Plan
+from lightning_offload.plots import metrics_files, plot_losses
+from lightning_offload.tracing import PICTURE_FILE, OffloadTimeline
+
+TRACED_STEPS = 2
+
+
+def train(cfg: DictConfig) -> int:
+    """Plan, then fit, with the held-out loss before and after; then save a Hugging Face folder and pictures."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with user_errors():
+        resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
+        model = build(cfg, "model", optimizer=optimizer, scheduler=scheduler)
+        data = build_data(cfg, model)
+        trainer = build(cfg, "trainer", callbacks=build_all(cfg, "callbacks"), logger=build_all(cfg, "logger"))
+        if resume:
+            check_weights(model, resume)
+            print(f"continues from {shown(resume)}")
+        _check_trainable(cfg, model, optimizer)
+        batch = _first_batch(data)
+        planned = plan_of_run(cfg, trainer, model, batch, optimizer) if cfg.plan else None
+        _watch(cfg, trainer, planned, folder)
+        if not trainer.fast_dev_run:  # which leaves nothing behind
+            OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
+    with _cap(cfg, trainer):
+        before = validate(trainer, model, data, resume)
+        _fit(trainer, model, data, resume)
+        after = validate(trainer, model, data)
+    if trainer.is_global_zero:
+        _print_change(before, after)
+        _save_results(cfg, model, folder)
+    return 0
+
+
+def _watch(cfg: DictConfig, trainer: L.Trainer, planned: Plan | None, folder: Path) -> None:
+    """Have the run compared with its plan, and a few of its steps drawn."""
+    if not isinstance(trainer.strategy, OffloadBehaviour) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    predicted = planned.prediction if planned is not None else None
+    timeline = OffloadTimeline(folder, steps=TRACED_STEPS if cfg.trace else 0, predicted=predicted)
+    trainer.callbacks.insert(0, timeline)  # type: ignore[attr-defined]
+    if planned is not None:
+        trainer.strategy.uses = planned.uses
+
+
+@contextmanager
+def _cap(cfg: DictConfig, trainer: L.Trainer) -> Iterator[None]:
+    """Without an offload strategy, which keeps to the cap by itself."""
+    gib, device = cfg.hardware.device_gib, trainer.strategy.root_device
+    if cfg.method.name != "none" or gib is None or device.type != "cuda":
+        yield
+        return
+    undo = cap_device(device, gib)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _check_trainable(cfg: DictConfig, model: Any, optimizer: Callable[[list[Any]], Any] | None) -> None:
+    """Refuse before the first validation what would fail after it, or do something else than asked."""
+    model.setup("fit")
+    if optimizer:
+        optimizer(list(model.parameters()))
+    if cfg.trainer.max_steps < 1 and OmegaConf.select(cfg, "scheduler.num_training_steps") is not None:
+        raise OffloadError("this scheduler needs trainer.max_steps=<number>; scheduler=linear also counts epochs")
+    if cfg.method.name == "none":
+        _check_plain(cfg)
+
+
+def _check_plain(cfg: DictConfig) -> None:
+    """Refuse what Lightning itself cannot do and the offload methods can."""
+    chosen = [key for key in ("master", "wire", "moments", "rounding") if cfg.precision.get(key) is not None]
+    if chosen:
+        raise OffloadError(f"precision.{chosen[0]} is for the offload methods; method=none takes none of these")
+    fused = OmegaConf.select(cfg, "optimizer.fused")
+    if fused and cfg.precision.precision == "bf16-mixed" and cfg.trainer.gradient_clip_val:
+        raise OffloadError(
+            "method=none cannot clip gradients of a fused optimizer under precision=bf16-mixed: "
+            "set optimizer.fused=false or trainer.gradient_clip_val=null"
+        )
+
+
+def _first_batch(data: Any) -> Any:
+    """The first micro-batch of training, its first example printed."""
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    print(f"\n{data.preview(batch)}\n")
+    return batch
+
+
+def validate(trainer: L.Trainer, model: Any, data: Any, ckpt_path: Path | None = None) -> dict[str, float]:
+    """The held-out metrics by name."""
+    results = trainer.validate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+    metrics = results[0] if results else {}
+    return {name.removeprefix("val/"): float(value) for name, value in metrics.items()}
+
+
+def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None) -> None:
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume)
+    except BAD_VALUES as error:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            raise
+        # before the first batch a strategy looks at model, optimizer and settings: the last of what is built
+        raise OffloadError(str(error)) from error
+
+
+def _print_change(before: dict[str, float], after: dict[str, float]) -> None:
+    print("\nheld-out, before -> after")
+    for name in after:
+        print(f"  {name.replace('_', ' '):<14} {before[name]:.3f} -> {after[name]:.3f}")
+
+
+def _save_results(cfg: DictConfig, model: Any, folder: Path) -> None:
+    made: dict[str, Path | None] = {"config": folder / runs.CONFIG, "checkpoint": runs.newest_checkpoint(folder)}
+    if metrics_files(folder):
+        made["loss curve"] = plot_losses([folder], folder / "loss.png")
+    made["timeline"] = folder / PICTURE_FILE
+    if cfg.export:
+        made["model"] = export_to_hf(model, folder / runs.MODEL)
+    print()
+    for what, path in made.items():
+        if path and path.exists():
+            print(f"{what:<12} {shown(path)}")

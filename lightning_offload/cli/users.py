@@ -1,0 +1,69 @@
+"""One line and exit code 2 for what a user can mend; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_offload.errors import OffloadError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+BAD_VALUES = (ValueError, TypeError, OSError, ImportError)
+
+
+@contextmanager
+def one_line_for_users(command: str) -> Iterator[None]:
+    """Exit with 2 and one line for what the user can mend; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(FULL_ERROR) == "1" or not _is_of_user(error):
+            raise
+        print(f"lightning-offload {command}: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """While the objects are built, bad values are the user's; later they would be bugs and keep their traceback."""
+    try:
+        yield
+    except OffloadError:
+        raise
+    except BAD_VALUES as error:
+        raise OffloadError(str(error)) from error
+
+
+def _is_of_user(error: BaseException) -> bool:
+    """Whether one line is enough: a constructor that Hydra called may also have failed for a bug of ours."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return isinstance(error.__cause__, BAD_VALUES) or _is_of_user(error.__cause__)
+    return isinstance(error, OffloadError | MisconfigurationException | HydraException | OmegaConfBaseException)
+
+
+def _one_line(error: BaseException) -> str:
+    """Say what Hydra says over many lines; our own messages are one line already."""
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    if isinstance(error, InstantiationException) and cause is not error:
+        key = re.search(r"full_key: (\S+)", str(error))
+        text = f"{key[1] + ': ' if key else ''}{_one_line(cause)}"
+    elif isinstance(cause, MissingMandatoryValue):
+        text = f"{cause.full_key} has no value; give {cause.full_key}=<value>"
+    elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        text = f"no key or group {cause.full_key!r}; there are {', '.join(sorted(map(str, cause.parent_node)))}"
+    elif isinstance(error, OverrideParseException):
+        text = (
+            f"cannot read {error.override!r}; settings are key=value, with special characters as in 'key=\"(value)\"'"
+        )
+    else:
+        listing = str(error).split("Config search path")[0]
+        text = listing if cause is error else f"{listing}\n{str(cause).splitlines()[0]}"
+    return " ".join(text.split())
