@@ -46,7 +46,7 @@ RULES = {
     "callbacks": May("behaviour memory methods", "torch lightning typing_extensions"),
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
-    "planning": May("errors memory methods timeline", "torch", "yaml"),
+    "planning": May("errors memory methods timeline", "torch", "yaml .text"),
     "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(

@@ -237,18 +237,17 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def has_checkpointing(module: nn.Module) -> bool:
     """Whether the model has gradient checkpointing of its own that is off."""
-    return any(
-        callable(getattr(part, "gradient_checkpointing_enable", None))
-        and getattr(part, "supports_gradient_checkpointing", True)
-        and not getattr(part, "is_gradient_checkpointing", False)
-        for part in module.modules()
+    return (
+        any(getattr(part, "supports_gradient_checkpointing", False) for part in module.modules())
+        # of every block that has it; the model's own property has another name in each version of transformers
+        and not any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
     )
 
 
 def _enable_checkpointing(module: nn.Module) -> None:
-    part: Any = next(p for p in module.modules() if callable(getattr(p, "gradient_checkpointing_enable", None)))
-    part.config.use_cache = False
-    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    from lightning_offload.text.loading import recompute_blocks
+
+    recompute_blocks(next(p for p in module.modules() if getattr(p, "supports_gradient_checkpointing", False)))
 
 
 def _optimizer(scenario: Scenario, twin: Twin) -> torch.optim.Optimizer:
