@@ -5,9 +5,10 @@ It sees operations as torch dispatches them, so it counts a run on fake tensors 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -97,24 +98,28 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self._paused or func is torch.ops.prim.device.default:  # how a fake tensor answers `.device`
             return result
-        outputs = [result] if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not (func.is_view or func._schema.is_mutable):  # those give back memory that was there before
-            for tensor in outputs:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._held:
-                    self._take(storage, self.kind)
-        if not (func.is_view or func in _FREE):
-            self._count_work(func, args, kwargs, result, outputs)
+        if func.is_view:
+            return result
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        given = {tensor.untyped_storage()._cdata for tensor in inputs}  # in place, `out=`: there before, counted or not
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._held:
+                self._take(storage, self.kind)
+        if func not in _FREE:
+            self._count_work(func, args, kwargs, result, inputs, outputs)
         return result
 
-    def _count_work(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
+    def _count_work(
+        self, func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         formula = _FLOPS.get(func._overloadpacket)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
         self.flops += flops
         if self.on_work is not None:
             narrow = bool(outputs) and outputs[0].dtype in (torch.bfloat16, torch.float16)
-            self.on_work(Work(flops, _traffic(func, inputs, outputs), narrow))
+            written = outputs or _written(func, args, kwargs)
+            self.on_work(Work(flops, _traffic(func, inputs, written), narrow))
 
     def _take(self, storage: torch.UntypedStorage, kind: str) -> None:
         size = storage.nbytes()
@@ -160,6 +165,20 @@ def seconds(work: Work, *, wide_flops: float, narrow_flops: float, bytes_per_s: 
     return max(work.flops / (narrow_flops if work.narrow else wide_flops), work.bytes / bytes_per_s, least_s)
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What an operation that returns nothing writes: the lists of a fused optimizer."""
+    declared = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(declared, args, strict=False)} | kwargs
+    names = {at.name for at in declared if at.alias_info is not None and at.alias_info.is_write}
+    return _tensors([given.get(name) for name in names - {"grads"}])  # those are written under a gradient scaler only
+
+
 def _traffic(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Bytes read and written; a look-up reads no more than it gives."""
     written = sum(map(_nbytes, outputs))
@@ -172,15 +191,23 @@ def _traffic(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 
 def _nbytes(tensor: Tensor) -> int:
     """Bytes of the elements, those of an expanded tensor once."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    own = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return own * tensor.element_size() if tensor.numel() else 0
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    """Scores, and values by scores; whole where the mask is causal, as torch counts its other kernels."""
+    return 2 * _scores(query, key) * int(query.shape[-1] + value.shape[-1])
 
 
 def _cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    """Scores again, then the gradients of scores, values, queries and keys."""
+    return 2 * _scores(query, key) * int(3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def _scores(query: Any, key: Any) -> int:
+    """Batch x query heads (keys may have fewer) x positions x positions."""
+    return int(query.shape[:-1].numel()) * int(key.shape[-2])
 
 
 def _grouped_mm(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
@@ -200,8 +227,9 @@ _FREE = {
     aten.empty.memory_format,
     aten.empty_strided.default,
     aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
     aten._unsafe_view.default,
-    aten.lift_fresh.default,
     aten._local_scalar_dense.default,
 }
 """Not views, and yet no kernel runs."""
