@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 torch.set_num_threads(1)  # before any fixture: the bits of a forward depend on it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CACHE = tempfile.TemporaryDirectory(prefix="rates-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # rates measured beside tests are no rates: the user's are kept apart
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
