@@ -99,7 +99,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # `weight.dtype` reads no weight
+        if _reads_values(func):
             for value in tree_leaves((args, kwargs)):
                 if id(value) in self._owner:
                     self._use(*self._owner[id(value)])
@@ -114,3 +114,21 @@ class Recorder(TorchFunctionMode):
             self._functional[name] = None
         elif within[-1] is not unit.module:
             self._users.setdefault(name, {})[id(within[-1])] = within[-1]
+
+
+def _reads_values(func: Any) -> bool:
+    """Whether a call of torch may look at the values of its tensors: ``weight.dtype`` and ``weight.size()`` do not."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return name == "__get__" and getattr(func.__self__, "__name__", "") in _VIEWS
+    return name not in _SHAPES
+
+
+_VIEWS = {"T", "mT", "H", "mH", "data", "real", "imag"}
+"""Properties of a tensor that give its values."""
+
+_SHAPES = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_inference", "__len__", "requires_grad_"),
+}
+"""Methods that look at no value."""
