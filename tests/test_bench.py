@@ -70,6 +70,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sections, "shape", lambda name: TINY)
     monkeypatch.setattr(host, "_shapes", lambda numel: [torch.Size((8, 8))] * 6)
     monkeypatch.setattr(simulated, "machines", lambda: {"laptop_4gb": ALL_MACHINES["laptop_4gb"]})
+    monkeypatch.setattr(simulated, "PAPER", {"a job": ("laptop_4gb", TINY, (1, 8), {simulated.SERIAL: 4.0})})
     monkeypatch.setattr(Rates, "measured", lambda device, host_threads: RATES)
     sections._rates.cache_clear()
     yield
@@ -91,7 +92,7 @@ def test_every_section_runs_on_the_cpu_and_yields_finite_positive_numbers(name: 
         assert table.markdown() in said
         assert all(math.isfinite(value) and value >= 0 for row in table.rows for value in row.values.values())
         timed = [row for row in table.rows if row.samples_s]
-        assert len(timed) == (0 if name in ("rates", "simulated") else len(table.rows))
+        assert len(timed) == (0 if name in ("rates", "simulated", "published") else len(table.rows))
         assert all(second > 0 for row in timed for second in row.samples_s)
 
 
@@ -167,6 +168,17 @@ def test_a_simulated_step_never_beats_its_bound_nor_loses_to_the_serial_schedule
     assert [row.arm for row in table.rows] == ["laptop_4gb: full"]
     values = table.rows[0].values
     assert 0 < values["bound_s"] <= values["step_s"] <= values["zero_offload_s"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_schedules_stand_beside_published_seconds_fastest_where_least_waits() -> None:
+    (table,) = SECTIONS["published"].measure(QUICK)
+    values = {row.arm: row.values for row in table.rows}
+    serial, full = values[simulated.SERIAL], values[simulated.FULL]
+    layer_wise = next(row for arm, row in values.items() if arm.startswith("full, layer"))
+    assert serial["published_s"] == 4.0
+    assert layer_wise["step_s"] <= full["step_s"] <= serial["step_s"]
+    assert all(row["fused_casts_s"] <= row["step_s"] for row in (serial, full, layer_wise))
 
 
 def test_every_method_is_measured_beside_native_with_its_lanes() -> None:
@@ -291,7 +303,7 @@ def test_the_bound_of_full_is_the_longest_way_through_its_lanes(counts: Counts, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sections": ["hots"]}, r"no section 'hots'; there are rates, host, overhead, simulated, training"),
+        ({"sections": ["hots"]}, r"no section 'hots'; there are rates, host, overhead, simulated, published, training"),
         ({"models": ["opt_3b"]}, r"no model 'opt_3b'; there are gpt2, .*opt_175b.*qwen3_8b"),
         ({"rounds": 0}, r"rounds=0: give at least 1"),
     ],

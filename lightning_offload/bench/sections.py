@@ -14,7 +14,7 @@ import torch
 from lightning_offload.bench.arms import ARMS
 from lightning_offload.bench.host import host_phase
 from lightning_offload.bench.report import Report, Row, Table, environment
-from lightning_offload.bench.simulated import simulate
+from lightning_offload.bench.simulated import beside_published, simulate
 from lightning_offload.bench.training import Workload, compare
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.rates import Rates
@@ -170,6 +170,7 @@ SECTIONS: dict[str, Section] = {
     "host": Section(_host),
     "overhead": Section(_overhead),
     "simulated": Section(_simulated),
+    "published": Section(lambda settings: beside_published()),
     "training": Section(_training, _no_cuda),
 }
 """By name, in the order of a run."""

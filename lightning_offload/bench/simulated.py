@@ -1,16 +1,20 @@
-"""Steps on machines that are not here: what the schedule reaches of its bound, by the plan's own simulation."""
+"""Steps on machines that are not here, by the plan's own simulation: beside their bound, and published seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 import torch
 
+from lightning_offload.bench.bounds import BYTES_FUSED
 from lightning_offload.bench.report import Row, Table
 from lightning_offload.memory.budget import GIB, Machine, machine_from
 from lightning_offload.methods.base import Clip
+from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.host import CAST_BYTES
 from lightning_offload.planning import Plan
 from lightning_offload.planning.scenario import FULL, NATIVE, SERIAL, Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape
@@ -54,6 +58,54 @@ def simulate(name: str, config: dict[str, Any], *, batch: int, length: int) -> T
             rows.append(Row(f"{where}: {method}", {**_values(plan), **beside}))
             notes += [] if plan.fits else [f"{where}: {method} does not fit"]
     return Table("simulated", f"{name}, {batch} x {length} tokens, bf16-true", tuple(rows), tuple(notes))
+
+
+PAPER = {
+    "1.3B, 1 x 384 tokens, laptop_4gb": (
+        "laptop_4gb",
+        {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16},
+        (1, 384),
+        {NATIVE: 0.52, SERIAL: 4.0},
+    ),
+    "6.7B, 4 x 1024 tokens, rtx4090": (
+        "rtx4090",
+        {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
+        (4, 1024),
+        {NATIVE: 1.63, SERIAL: 4.11},
+    ),
+}
+"""Seconds per iteration that LSP-Offload's repository gives for DeepSeek-Coder (arXiv 2406.10181), without offloading
+and with ZeRO-Offload."""
+
+
+def beside_published() -> Iterator[Table]:
+    """The schedules on the machines of LSP-Offload's figures, beside its seconds.
+
+    ``fused casts``: with a host step that moves the 28 bytes of a kernel that casts as it goes, as DeepSpeed's does.
+    """
+    for title, (where, shape, (batch, length), published) in PAPER.items():
+        config = {"model_type": "llama", "vocab_size": 32256, "tie_word_embeddings": False, **shape}
+        with torch.device("meta"):
+            module = CausalLM(config=config, init="random", dtype="bfloat16", gradient_checkpointing=True)
+            tokens = batch_by_shape(batch, length, 1)
+        asked = Scenario(module, tokens, machines()[where], precision="bf16-true", clip=Clip(1.0, "norm"))
+        layer_wise = replace(asked, clip=None, settings=FullSettings(skip_nonfinite=False))
+        arms = {NATIVE: replace(asked, method=NATIVE), SERIAL: replace(asked, method=SERIAL), FULL: asked}
+        rows = []
+        for arm, scenario in {**arms, "full, layer by layer (neither clipped nor checked)": layer_wise}.items():
+            values = {"step_s": Dry(scenario).plan().step_s}
+            if scenario.method != NATIVE:
+                values["fused_casts_s"] = Dry(_with_fused_casts(scenario)).plan().step_s
+            values |= {"published_s": published[arm]} if arm in published else {}
+            rows.append(Row(arm, values))
+        yield Table("published", title, tuple(rows), ("simulated, not measured; bf16, blocks computed again",))
+
+
+def _with_fused_casts(scenario: Scenario) -> Scenario:
+    rates = scenario.machine.rates
+    assert rates is not None
+    faster = replace(rates, host_gb_per_s=rates.host_gb_per_s * (BYTES_FUSED + CAST_BYTES) / BYTES_FUSED)
+    return replace(scenario, machine=replace(scenario.machine, rates=faster))
 
 
 def _values(plan: Plan) -> dict[str, float]:
