@@ -11,6 +11,9 @@ from lightning_offload.memory.ledger import Span
 from lightning_offload.methods.uses import Uses
 from lightning_offload.timeline import LaneUse, Prediction, StepUse, draw
 
+THE_RUN_ITSELF = "the run itself (device rows)"
+"""Where the CPU is the device, this row of the host's memory is what the device's rows say one by one."""
+
 
 @dataclass(frozen=True)
 class Memory:

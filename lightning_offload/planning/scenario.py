@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.allocator import MIB, replay
 from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.host_limits import cpu_model
 from lightning_offload.memory.ledger import Total
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip, DTypes
@@ -21,7 +22,8 @@ from lightning_offload.methods.dryrun import Driver, DryRun, EngineDriver, Nativ
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.twin import Step, Twin, forward_context, pretending
-from lightning_offload.planning.result import Memory, Plan
+from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
+from lightning_offload.planning.words import count
 from lightning_offload.timeline import LaneUse
 
 NATIVE, SERIAL, FULL = "none", "zero-offload", "full"
@@ -51,6 +53,7 @@ class Scenario:
         optimizer: Over the module's parameters; ``None`` asks the module, else takes AdamW.
         step: The loss of a micro-batch; ``None`` is the module's own.
         checkpointing: Turn on the model's own gradient checkpointing.
+        loss_chunk_tokens: For a model whose loss comes in chunks; ``None`` leaves it as it is.
     """
 
     module: nn.Module
@@ -64,6 +67,7 @@ class Scenario:
     optimizer: torch.optim.Optimizer | None = None
     step: Step | None = None
     checkpointing: bool = False
+    loss_chunk_tokens: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -88,6 +92,8 @@ class Dry:
         twin = Twin(scenario.module, dtypes.compute)
         if scenario.checkpointing:
             _enable_checkpointing(twin.module)
+        if scenario.loss_chunk_tokens is not None:
+            twin.module.loss_chunk_tokens = scenario.loss_chunk_tokens  # type: ignore[assignment]
         optimizer = _optimizer(scenario, twin)
         method = Full(scenario.settings)
         self.notes: list[str] = []
@@ -141,7 +147,7 @@ class Dry:
             holds["alignment, small buffers"] = report.allocated_bytes - sum(holds.values())
             holds["casts"] = driver.engine.host.scratch_bytes
         if machine.device_type == "cpu":
-            holds["the run itself (device rows)"] = self.device.bytes
+            holds[THE_RUN_ITSELF] = self.device.bytes
         here = sum(t.nbytes for t in tensors_of(self.scenario.module) if t.device.type == "cpu")  # taken already
         return Memory(holds, min(machine.host_available_bytes + here, machine.host_total_bytes))
 
@@ -173,10 +179,10 @@ class Dry:
         lanes = {lane: LaneUse(total.bytes, total.seconds) for lane, total in timing.lanes.items() if lane != "stall"}
         machine = scenario.machine
         return Plan(
-            model=f"{type(scenario.module).__name__} of {self.parameters / 1e9:.3g} B parameters",
+            model=f"{type(scenario.module).__name__} of {count(self.parameters)} parameters",
             method=scenario.method,
             precision=scenario.precision,
-            hardware=machine.name if machine.name != "auto" else machine.device_name,
+            hardware=_hardware(machine),
             parameters=self.parameters,
             trained=self.trained,
             micro_batches=scenario.micro_batches,
@@ -192,7 +198,7 @@ class Dry:
             backward_s=timing.backward_s,
             lanes={"compute": LaneUse(0, timing.compute_s), **lanes},
             bottleneck=self._bottleneck(),
-            notes=(*self.notes, *_notes(self.run)),
+            notes=(*self.notes, *_notes(self.run, machine)),
             uses=uses,
             units=uses.order,
             spans=timing.spans,
@@ -228,6 +234,13 @@ class Dry:
             tokens, unit = _count(self.scenario.batch)
             text += f"; it would hide from about {round(tokens * slow_s / timing.forward_s):,} {unit} per micro-batch"
         return text
+
+
+def _hardware(machine: Machine) -> str:
+    """The name of its file, or of the device that was found."""
+    if machine.name not in ("auto", "cpu"):
+        return machine.name
+    return f"this CPU, {cpu_model()}" if machine.device_type == "cpu" else machine.device_name
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -317,13 +330,18 @@ def _count(batch: Any) -> tuple[int, str]:
     return (1 if first is None else first.shape[0]), "samples"
 
 
-def _notes(run: DryRun) -> list[str]:
+def _notes(run: DryRun, machine: Machine) -> list[str]:
     """What is unusual about the model, and what costs a wait."""
     uses = run.driver.uses
-    notes = [f"a step waits for the device at {r.where} ({r.what})" for r in run.meter.reads]
+    blocks = {unit.name for unit in run.driver.units if unit.is_block}
+    reads = run.meter.reads if machine.device_type != "cpu" else []
+    notes = [f"a step waits for the device at {r.where} ({r.what})" for r in reads]
     notes += [f"`{name}` is used outside its module's call; it is waited for early" for name in uses.functional]
     notes += [f"`{name}` is tied: also used in `{', '.join(users)}`" for name, users in uses.users.items()]
-    notes += [f"unit `{name}` runs {calls} times in a forward" for name, calls in uses.repeats.items()]
+    # a head that takes a long sequence in pieces is nothing unusual
+    notes += [
+        f"block `{name}` runs {calls} times in a forward" for name, calls in uses.repeats.items() if name in blocks
+    ]
     if uses.skipped:
         notes.append(f"never used: {', '.join(sorted(uses.skipped))}")
     return notes
