@@ -5,6 +5,7 @@ Importing this package registers its strategies: ``Trainer(strategy="full_offloa
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_offload.callbacks import OffloadStats, OffloadSummary
@@ -16,6 +17,7 @@ from lightning_offload.tracing import OffloadTimeline
 
 if TYPE_CHECKING:
     from lightning_offload.export import export_to_hf
+    from lightning_offload.planning import Plan, plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,17 +27,19 @@ __all__ = [
     "OffloadStats",
     "OffloadSummary",
     "OffloadTimeline",
+    "Plan",
     "export_to_hf",
+    "plan",
     "register",
 ]
+
+_HOME = {"export_to_hf": "export", "Plan": "planning", "plan": "planning"}
 
 register()
 
 
 def __getattr__(name: str) -> Any:
     """Names that only a few need are imported when asked for."""
-    if name == "export_to_hf":
-        from lightning_offload.export import export_to_hf
-
-        return export_to_hf
-    raise AttributeError(f"module `lightning_offload` has no attribute `{name}`")
+    if name not in _HOME:
+        raise AttributeError(f"module `lightning_offload` has no attribute `{name}`")
+    return getattr(importlib.import_module(f"lightning_offload.{_HOME[name]}"), name)

@@ -47,7 +47,7 @@ RULES = {
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "planning": May("errors memory methods timeline", "torch", "yaml .text"),
-    "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export"),
+    "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export .planning"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(
         "errors memory methods planning behaviour strategies text",
