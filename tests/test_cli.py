@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lightning_offload import cli, plots, runs
+from lightning_offload import cli, conf, plots, runs
 
 TEXT = "".join(f"def add_{i}(x, y={i}):\n    return x + y * {i * i}\n\n" for i in range(200))
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -312,12 +312,20 @@ def test_the_installed_script() -> None:
     assert (bad.returncode, len(bad.stderr.splitlines()), bad.stdout) == (2, 1, "")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "plan", "evaluate", "export", "bench", "doctor"])
 def test_help_of_a_command_fits_a_screen(command: str, run, capsys) -> None:
     assert run(command, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 40
+    assert max(map(len, lines)) <= 120
     assert lines[0].startswith(f"lightning-offload {command}")
+
+
+def test_help_names_every_option_of_a_group(run, capsys) -> None:
+    run("plan", "--help")
+    text = capsys.readouterr().out
+    for file in (Path(conf.__file__).parent / "model").glob("*.yaml"):
+        assert file.stem in text
 
 
 # Folders and curves

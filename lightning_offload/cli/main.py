@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_offload import runs
 from lightning_offload.cli.machine import bench, doctor
+from lightning_offload.cli.options import options
 from lightning_offload.cli.planning import plan
 from lightning_offload.cli.results import evaluate, export
 from lightning_offload.cli.training import train
@@ -84,6 +85,7 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     """
     _quiet()
     schema.register()
+    OmegaConf.register_new_resolver("options", options, replace=True)
     OmegaConf.register_new_resolver("run_folder", functools.cache(runs.choose_folder), replace=True)
     seen_by_all = sys.argv, os.environ.get(FULL_ERROR)
     begun, code = False, 0

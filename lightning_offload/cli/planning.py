@@ -17,6 +17,7 @@ from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.planning import Plan
 from lightning_offload.planning import plan as make_plan
+from lightning_offload.planning.report import report
 
 
 def plan(cfg: DictConfig) -> int:
@@ -49,7 +50,7 @@ def plan_of_run(cfg: DictConfig, trainer: L.Trainer, model: Any, batch: Any, opt
     except OffloadError as error:
         print(f"no plan: {error}")
         return None
-    print(f"\n{made}\n")
+    print(f"\n{report(made, brief=True)}\n(what takes it: lightning-offload plan, with the same arguments)\n")
     return made
 
 
