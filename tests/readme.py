@@ -36,6 +36,7 @@ TREE = {
     "lightning_offload/methods/uses.py": "what a forward does with the weights: order, ties, functional uses",
     "lightning_offload/methods/twin.py": "a module without memory: the same code on fake tensors",
     "lightning_offload/methods/meter.py": "FLOPs, bytes and live memory of what runs",
+    "lightning_offload/methods/drivers.py": "what a dry run drives: an engine, or an optimizer alone",
     "lightning_offload/methods/dryrun.py": "one step of the real engine on a fake twin and virtual lanes",
     "lightning_offload/methods/full.py": "method `full`: what it claims, and how `auto` is decided",
     "lightning_offload/methods/host.py": "gradients down, the step on the host, weights up",

@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.ledger import Span, Total
 from lightning_offload.memory.virtual import VirtualLanes
-from lightning_offload.methods.base import Clip
-from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.drivers import Driver
 from lightning_offload.methods.meter import Work, seconds
 from lightning_offload.methods.twin import Step, Twin, TwinMeter, explaining, pretending
-from lightning_offload.methods.uses import Uses
 
 
 @dataclass(eq=False)
@@ -85,136 +83,6 @@ class Timing:
     lanes: dict[str, Total]
     kinds: dict[tuple[str, str], Total]
     spans: tuple[Span, ...]
-
-
-class Driver(Protocol):
-    """What trains the twin: an engine, or nothing but an optimizer."""
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        """Of the twin."""
-        ...
-
-    @property
-    def uses(self) -> Uses:
-        """What the recorded forward did with the weights."""
-        ...
-
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around one forward; ``last``: the step follows its backward."""
-        ...
-
-    def enter(self, unit: int, *, recomputed: bool) -> None:
-        """Replayed: a module that needs the unit's weights is about to run."""
-        ...
-
-    def gradient_arrived(self, name: str) -> None:
-        """Replayed: the parameter of this name has its gradient."""
-        ...
-
-    def step(self) -> None:
-        """One optimizer step."""
-        ...
-
-    def flush(self) -> None:
-        """Nothing is in flight afterwards."""
-        ...
-
-
-class EngineDriver:
-    """A method on its engine.
-
-    Args:
-        engine: On the twin.
-        clip: The gradient clipping of each step.
-        serial: Wait for the new weights after each step, as ZeRO-Offload does.
-    """
-
-    def __init__(self, engine: Engine, *, clip: Clip | None, serial: bool = False) -> None:
-        self.engine, self.units = engine, engine.units
-        self._clip, self._serial = clip, serial
-        self._offloaded = {t.name: t for t in engine.host.trained}
-
-    @property
-    def uses(self) -> Uses:
-        """See ``Driver.uses``."""
-        return self.engine.arrivals.uses
-
-    @contextmanager
-    def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """See ``Driver.micro_batch``."""
-        self.engine.stepping = last
-        with self.engine.micro_batch():
-            yield
-
-    def enter(self, unit: int, *, recomputed: bool) -> None:
-        """See ``Driver.enter``."""
-        self.engine.arrivals.enter(self.engine.arrivals.flights[unit], recomputed=recomputed)
-
-    def gradient_arrived(self, name: str) -> None:
-        """See ``Driver.gradient_arrived``."""
-        if name in self._offloaded:
-            self.engine.gradient_arrived(self._offloaded[name])
-
-    def step(self) -> None:
-        """See ``Driver.step``."""
-        self.engine.step(self._clip)
-        if self._serial:
-            self.engine.flush()
-
-    def flush(self) -> None:
-        """See ``Driver.flush``."""
-        self.engine.flush()
-
-
-class NativeDriver:
-    """Everything on the device: what offloading is compared with.
-
-    Args:
-        module: The twin.
-        optimizer: Over its parameters; its state is made at once.
-        lanes: Told of the marks.
-        clip: The gradient clipping of each step.
-    """
-
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, lanes: VirtualLanes, *, clip: Clip | None
-    ) -> None:
-        self.units = partition(module)
-        self._optimizer, self._lanes, self._clip = optimizer, lanes, clip
-        self._trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        for parameter in self._trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        self.uses = Uses(order=tuple(unit.name for unit in self.units))
-
-    @contextmanager
-    def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """See ``Driver.micro_batch``."""
-        yield
-        self._lanes.mark("backward", len(self.units))
-
-    def enter(self, unit: int, *, recomputed: bool) -> None:
-        """See ``Driver.enter``."""
-        self._lanes.mark("backward" if recomputed else "forward", unit + 1)
-
-    def gradient_arrived(self, name: str) -> None:
-        """See ``Driver.gradient_arrived``."""
-
-    def step(self) -> None:
-        """See ``Driver.step``."""
-        self._lanes.mark("step")
-        if self._clip is not None and self._clip.algorithm == "norm":
-            torch.nn.utils.clip_grad_norm_(self._trained, self._clip.value)
-        elif self._clip is not None:
-            torch.nn.utils.clip_grad_value_(self._trained, self._clip.value)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._lanes.mark("")
-
-    def flush(self) -> None:
-        """See ``Driver.flush``."""
 
 
 class DryRun:

@@ -18,7 +18,8 @@ from lightning_offload.memory.host_limits import cpu_model
 from lightning_offload.memory.ledger import Total
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip, DTypes
-from lightning_offload.methods.dryrun import Driver, DryRun, EngineDriver, NativeDriver, Timing
+from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver
+from lightning_offload.methods.dryrun import DryRun, Timing
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.twin import Step, Twin, forward_context, pretending
