@@ -64,7 +64,6 @@ def main() -> int:
             raise OffloadError(f"no command {command!r}; there are {', '.join(_COMMANDS)}")
         _check_flags(arguments)
         return _run_hydra(command, arguments)
-    return 0
 
 
 _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
