@@ -24,6 +24,7 @@ from lightning_offload.bench import (
     Table,
     arms,
     host,
+    prediction,
     run_bench,
     sections,
     simulated,
@@ -71,6 +72,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(host, "_shapes", lambda numel: [torch.Size((8, 8))] * 6)
     monkeypatch.setattr(simulated, "machines", lambda: {"laptop_4gb": ALL_MACHINES["laptop_4gb"]})
     monkeypatch.setattr(simulated, "PAPER", {"a job": ("laptop_4gb", TINY, (1, 8), {simulated.SERIAL: 4.0})})
+    monkeypatch.setattr(prediction, "POINTS", (("tiny", 2, "32-true"), ("tiny", 1, "bf16-true")))
     monkeypatch.setattr(Rates, "measured", lambda device, host_threads: RATES)
     sections._rates.cache_clear()
     yield
@@ -92,7 +94,7 @@ def test_every_section_runs_on_the_cpu_and_yields_finite_positive_numbers(name: 
         assert table.markdown() in said
         assert all(math.isfinite(value) and value >= 0 for row in table.rows for value in row.values.values())
         timed = [row for row in table.rows if row.samples_s]
-        assert len(timed) == (0 if name in ("rates", "simulated", "published") else len(table.rows))
+        assert len(timed) == (0 if name in ("rates", "simulated", "published", "prediction") else len(table.rows))
         assert all(second > 0 for row in timed for second in row.samples_s)
 
 
@@ -112,9 +114,8 @@ def test_what_this_machine_cannot_is_left_out_and_said(monkeypatch: pytest.Monke
     monkeypatch.setattr(sections, "SECTIONS", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report, _ = _run(replace(QUICK, sections=None))
-    (left_out,) = report.tables
-    assert left_out.section == "training"
-    assert "no CUDA device" in left_out.markdown()
+    assert [table.section for table in report.tables] == ["training", "prediction"]
+    assert all("no CUDA device" in left_out.markdown() for left_out in report.tables)
 
 
 def test_arms_run_in_turns_and_the_first_round_does_not_count() -> None:
@@ -303,7 +304,10 @@ def test_the_bound_of_full_is_the_longest_way_through_its_lanes(counts: Counts, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sections": ["hots"]}, r"no section 'hots'; there are rates, host, overhead, simulated, published, training"),
+        (
+            {"sections": ["hots"]},
+            r"no section 'hots'; there are rates, host, overhead, simulated, published, training, prediction",
+        ),
         ({"models": ["opt_3b"]}, r"no model 'opt_3b'; there are gpt2, .*opt_175b.*qwen3_8b"),
         ({"rounds": 0}, r"rounds=0: give at least 1"),
     ],

@@ -13,6 +13,7 @@ import torch
 
 from lightning_offload.bench.arms import ARMS
 from lightning_offload.bench.host import host_phase
+from lightning_offload.bench.prediction import predictions
 from lightning_offload.bench.report import Report, Row, Table, environment
 from lightning_offload.bench.simulated import beside_published, simulate
 from lightning_offload.bench.training import Workload, compare
@@ -161,8 +162,12 @@ def _trained(section: str, work: Workload, settings: BenchSettings, rates: Rates
     return Table(section, title, rows, notes)
 
 
-def _no_cuda() -> str | None:
-    return None if torch.cuda.is_available() else "there is no CUDA device; sections=[training] measures here"
+def _prediction(settings: BenchSettings) -> Iterator[Table]:
+    yield predictions(shape, device=_device(), length=settings.length, steps=settings.steps, rates=_rates())
+
+
+def _needs_cuda(section: str) -> str | None:
+    return None if torch.cuda.is_available() else f"there is no CUDA device; sections=[{section}] measures here"
 
 
 SECTIONS: dict[str, Section] = {
@@ -171,7 +176,8 @@ SECTIONS: dict[str, Section] = {
     "overhead": Section(_overhead),
     "simulated": Section(_simulated),
     "published": Section(lambda settings: beside_published()),
-    "training": Section(_training, _no_cuda),
+    "training": Section(_training, lambda: _needs_cuda("training")),
+    "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
 }
 """By name, in the order of a run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -132,7 +133,7 @@ class Dry:
         holds = {**self._weights(), **{kind: count for kind, count in sorted(kinds.items()) if count}}
         if machine.device_type == "cpu":
             return Memory(holds, None)
-        reserved = replay(meter.allocations).peak_bytes
+        reserved = replay(meter.allocations, expandable=_has_expandable_segments()).peak_bytes
         holds["allocator (rounding, fragments)"] = max(reserved - meter.peak.bytes, 0)
         holds["CUDA context, workspaces"] = machine.context_bytes + WORKSPACE_BYTES + int((MARGIN - 1) * reserved)
         return Memory(holds, machine.device_budget_bytes)
@@ -242,6 +243,12 @@ def _hardware(machine: Machine) -> str:
     if machine.name not in ("auto", "cpu"):
         return machine.name
     return f"this CPU, {cpu_model()}" if machine.device_type == "cpu" else machine.device_name
+
+
+def _has_expandable_segments() -> bool:
+    """Whether the allocator of a run in this environment would have them."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return "expandable_segments:true" in settings.lower().replace(" ", "")
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
