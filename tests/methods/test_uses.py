@@ -131,6 +131,12 @@ def test_only_who_reads_values_uses_a_weight(name: str) -> None:
     assert uses == (used if reads else Uses(order))
 
 
+def test_a_hook_that_reads_a_weight_reads_it_within_the_call() -> None:
+    net = Net()
+    net.head.register_forward_pre_hook(lambda head, args: (args[0] + head.weight.sum(),))
+    assert uses_of(net, lambda: net(TOKENS)) == Uses(order=ORDER)
+
+
 class Breaks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
