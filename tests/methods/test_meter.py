@@ -366,6 +366,19 @@ def test_bytes_read_and_written(name: str) -> None:
     assert sum(each.bytes for each in work) == expected
 
 
+def test_questions_are_no_work() -> None:
+    """How a fake tensor says where it is, and a real one what it holds."""
+    work: list[Work] = []
+    with FakeTensorMode():
+        fake = torch.zeros(3)
+        with Meter(work.append):
+            assert fake.device == torch.device("cpu")
+    one = torch.ones(())
+    with Meter(work.append) as meter:
+        assert one.item() == 1
+    assert (work, meter.allocations) == ([], [])
+
+
 def test_work_is_narrow_where_it_computes_in_16_bits() -> None:
     work: list[Work] = []
     with Meter(work.append):
