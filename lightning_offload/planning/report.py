@@ -129,7 +129,7 @@ def _telling(holds: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     least = _SMALL * sum(holds.values())
     yield from sorted(((kind, n) for kind, n in holds.items() if n >= least), key=lambda row: -row[1])
     rest = sum(n for n in holds.values() if n < least)
-    if rest >= least / 5:
+    if rest >= least:
         yield "the rest", rest
 
 
