@@ -25,10 +25,11 @@ from typing_extensions import override
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
 from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.arena import HostMemory
+from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine, cap_device
 from lightning_offload.memory.cuda import cuda_lanes
 from lightning_offload.memory.lanes import InlineLanes, Lanes
-from lightning_offload.methods.engine import GRADIENTS, Engine
+from lightning_offload.methods.engine import GRADIENTS, SETTINGS, Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.precision import OffloadPrecision
@@ -154,9 +155,10 @@ class OffloadBehaviour(Strategy):
         machine = Machine.detect(self.root_device).capped(
             device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes
         )
-        parameters = list(module.parameters())
-        accumulates = self._accumulates(trainer, module)
-        method.settings, reasons = method.resolve(parameters, machine, accumulates=accumulates)
+        units, dtypes = partition(module, asked.blocks), self.precision_plugin.dtypes(method.name)
+        method.settings, reasons = method.resolve(
+            units, machine, dtypes, accumulates=self._accumulates(trainer, module), before=_chosen_before(trainer)
+        )
         for reason in reasons:
             rank_zero_info(f"{self.strategy_name}: {reason}")
         self.engine = Engine(
@@ -164,10 +166,11 @@ class OffloadBehaviour(Strategy):
             self.optimizers[0],
             method,
             self._make_lanes(machine, method.settings),
-            self.precision_plugin.dtypes(method.name),
+            dtypes,
             machine=machine,
             expects_clip=bool(self._expected_clip(trainer, module)),
             uses=self.uses,
+            units=units,
         )
         self._look_for_readers(trainer, module)
 
@@ -388,6 +391,13 @@ class OffloadBehaviour(Strategy):
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""
         return super().__getstate__() | {"engine": None, "_uncap": None}
+
+
+def _chosen_before(trainer: Trainer) -> Mapping[str, Any] | None:
+    """What the run that is being continued had chosen for ``"auto"``."""
+    states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states") or [{}]
+    chosen: Mapping[str, Any] | None = states[0].get(EXTRAS, {}).get(SETTINGS)
+    return chosen
 
 
 def _mixin_settings(module: LightningModule) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ import inspect
 import pickle
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 import lightning_offload
 from lightning_offload import FullOffloadStrategy, OffloadPrecision
 from lightning_offload.errors import HostMemoryError, NonFiniteError, OffloadError, PartitionError
-from lightning_offload.methods.full import FullSettings
+from lightning_offload.memory.blocks import partition
+from lightning_offload.memory.budget import Machine
+from lightning_offload.methods.base import DTypes
+from lightning_offload.methods.full import Full, FullSettings
 from tests.helpers import adamw
 from tests.lit import Lit, Manual, assert_equal_modules, fit, offload, trainer
 
@@ -218,13 +222,9 @@ def test_hooks_on_the_optimizer_step_are_refused() -> None:
         fit(Lit(make_optimizer=hooked), offload())
 
 
+@pytest.mark.filterwarnings("ignore:.*no repeated blocks")
 def test_auto_accumulation_looks_at_what_there_is() -> None:
-    from dataclasses import replace
-
-    from lightning_offload.memory.budget import Machine
-    from lightning_offload.methods.full import Full
-
-    parameters = [nn.Parameter(torch.empty(1000))]
+    units = partition(nn.Linear(1000, 1, bias=False))
     gpu = replace(Machine.detect(), device_type="cuda", device_free_bytes=4000 + 4 * 4000)
     for machine, accumulates, where in (
         (gpu, True, "device"),
@@ -232,9 +232,38 @@ def test_auto_accumulation_looks_at_what_there_is() -> None:
         (replace(gpu, device_free_bytes=0), False, "device"),
         (Machine.detect(), True, "device"),
     ):
-        settings, reasons = Full(FullSettings()).resolve(parameters, machine, accumulates=accumulates)
+        settings, reasons = Full(FullSettings()).resolve(units, machine, DTypes(), accumulates=accumulates)
         assert settings.accumulate == where
         assert any("accumulate" in reason for reason in reasons)
+
+
+@pytest.mark.filterwarnings("ignore:.*no repeated blocks")
+def test_gradients_are_counted_in_the_dtype_they_will_have() -> None:
+    units = partition(nn.Linear(1000, 1, bias=False))
+    gpu = replace(Machine.detect(), device_type="cuda", device_free_bytes=2000 + 4 * 2000)
+    chosen = [
+        Full(FullSettings()).resolve(units, gpu, DTypes.of(precision), accumulates=True)[0].accumulate
+        for precision in ("32-true", "bf16-true")
+    ]
+    assert chosen == ["host", "device"]
+
+
+def test_every_auto_is_resolved_with_a_reason() -> None:
+    settings, reasons = Full(FullSettings()).resolve([], Machine.detect(), DTypes(), accumulates=True)
+    asked = {name for name, value in vars(FullSettings()).items() if value == "auto"}
+    assert asked == {reason.partition("=")[0] for reason in reasons}
+    assert "auto" not in vars(settings).values()
+
+
+def test_a_continued_run_chooses_as_it_did_before(tmp_path: Path) -> None:
+    """Sums on the host and on the device round differently: the choice is part of the run."""
+    first = fit(Lit(), offload(accumulate="host"), accumulate_grad_batches=2, max_epochs=1)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    strategy = offload()
+    fit(Lit(), strategy, accumulate_grad_batches=2, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert strategy.engine is not None
+    assert strategy.engine.method.settings.accumulate == "host"
+    assert strategy.settings.accumulate == "auto"
 
 
 @pytest.mark.parametrize("kind", ["mixin", "scheduler", "trainer", "none"])
@@ -323,9 +352,6 @@ def test_double_precision_weights_are_named() -> None:
 
 
 def test_too_little_host_memory_is_said_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from lightning_offload.memory.budget import Machine
 
     small = replace(Machine.detect(), host_available_bytes=1000)
     monkeypatch.setattr(Machine, "detect", classmethod(lambda cls, device="cpu": small))

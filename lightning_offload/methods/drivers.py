@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from torch import nn
 
-from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.engine import Engine
@@ -100,16 +99,16 @@ class NativeDriver:
     """Everything on the device: what offloading is compared with.
 
     Args:
-        module: The twin.
+        units: Of the twin.
         optimizer: Over its parameters; its state is made at once.
         lanes: Told of the marks.
         clip: The gradient clipping of each step.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, lanes: VirtualLanes, *, clip: Clip | None
+        self, units: Sequence[Unit], optimizer: torch.optim.Optimizer, lanes: VirtualLanes, *, clip: Clip | None
     ) -> None:
-        self.units = partition(module)
+        self.units = units
         self._optimizer, self._lanes, self._clip = optimizer, lanes, clip
         self._trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for parameter in self._trained:

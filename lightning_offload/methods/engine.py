@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_offload.errors import CheckpointError, OffloadError
-from lightning_offload.memory.blocks import partition
+from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.arrivals import Arrivals
 from lightning_offload.methods.base import Clip, DTypes, Part, StepReport, Trained, Verdict
-from lightning_offload.methods.full import Full
+from lightning_offload.methods.full import Full, decisive
 from lightning_offload.methods.homes import settle, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.resident import ResidentOptimizer
@@ -36,7 +36,7 @@ from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.verdict import Judge
 from lightning_offload.numerics.norms import adopt_
 
-MASTERS, GRADIENTS, SKIPS, METHOD = "masters", "gradients", "skips", "method"
+MASTERS, GRADIENTS, SKIPS, METHOD, SETTINGS = "masters", "gradients", "skips", "method", "settings"
 """Keys of the checkpointed extras; everything else is rebuilt."""
 
 
@@ -57,6 +57,7 @@ class Engine:
         machine: Checked for host memory before anything is allocated; ``None`` skips the check.
         expects_clip: Whether steps will be clipped, so that norms are taken as gradients leave.
         uses: What a dry run has found out about the forward; learned from the first one all the same.
+        units: The module's, where it has been split already.
 
     Raises:
         PartitionError: A model or ``blocks`` that cannot be split.
@@ -75,11 +76,12 @@ class Engine:
         machine: Machine | None = None,
         expects_clip: bool = False,
         uses: Uses | None = None,
+        units: Sequence[Unit] | None = None,
     ) -> None:
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
         self.stepping = False
         self.gradients_visible = False
-        self.units = partition(module, method.settings.blocks)
+        self.units = list(units) if units is not None else partition(module, method.settings.blocks)
         self.arrivals = Arrivals(module, self.units, lanes, uses)
         self.rule = rule_for(optimizer)
         self._expects_clip = expects_clip
@@ -242,7 +244,8 @@ class Engine:
                 gradients[t.name] = pending.detach().cpu()
         report = self.report
         skips = {"in_a_row": report.skipped_in_a_row, "total": report.skipped_total, "steps": self._steps}
-        return {METHOD: self.method.name, MASTERS: masters, GRADIENTS: gradients, SKIPS: skips}
+        settings = decisive(self.method.settings)
+        return {METHOD: self.method.name, SETTINGS: settings, MASTERS: masters, GRADIENTS: gradients, SKIPS: skips}
 
     @torch.no_grad()
     def load_extras(self, extras: dict[str, Any]) -> None:

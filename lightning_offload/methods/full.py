@@ -9,15 +9,16 @@ using a stale weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import GIB, Machine
-from lightning_offload.methods.base import CommonSettings, require
+from lightning_offload.methods.base import CommonSettings, DTypes, require
+from lightning_offload.methods.homes import weight_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +53,35 @@ class Full:
         return parameter.numel() >= self.settings.min_numel
 
     def resolve(
-        self, parameters: Sequence[nn.Parameter], machine: Machine, *, accumulates: bool
+        self,
+        units: Sequence[Unit],
+        machine: Machine,
+        dtypes: DTypes,
+        *,
+        accumulates: bool,
+        before: Mapping[str, Any] | None = None,
     ) -> tuple[FullSettings, list[str]]:
         """Replace every ``"auto"``; also the reasons, a sentence each.
 
         Args:
-            parameters: The model's.
+            units: The model's.
             machine: What there is.
+            dtypes: Which dtype lives where.
             accumulates: Whether a step has more than one micro-batch.
+            before: What the run that is continued had chosen, of the settings that decide the bits of a step.
         """
         settings, reasons = self.settings, []
         if settings.accumulate == "auto":
-            where, reason = _where_to_accumulate(parameters, machine, accumulates=accumulates)
+            where, reason = _where_to_accumulate(units, machine, dtypes, accumulates=accumulates)
+            if before and before.get("accumulate") in ("device", "host"):
+                where, reason = before["accumulate"], "as in the run that is continued"
             settings = replace(settings, accumulate=where)
             reasons.append(f"accumulate={where!r}: {reason}")
+        if settings.pin_memory == "auto":
+            pin = machine.device_type == "cuda"
+            why = f"{machine.lockable_bytes / GIB:.1f} GiB can be page-locked ({machine.lockable_limit})"
+            settings = replace(settings, pin_memory=pin)
+            reasons.append(f"pin_memory={pin}: {why if pin else 'device and host are one memory'}")
         if settings.host_threads == "auto":
             threads, reason = machine.host_threads, machine.host_threads_reason
             if machine.device_type == "cpu":
@@ -75,16 +91,22 @@ class Full:
         return settings, reasons
 
 
+def decisive(settings: FullSettings) -> dict[str, Any]:
+    """The settings that decide the bits of a step; a checkpoint keeps them, so that a continued run chooses alike."""
+    return {"accumulate": settings.accumulate}
+
+
 def _where_to_accumulate(
-    parameters: Sequence[nn.Parameter], machine: Machine, *, accumulates: bool
+    units: Sequence[Unit], machine: Machine, dtypes: DTypes, *, accumulates: bool
 ) -> tuple[Literal["device", "host"], str]:
     """On the device while gradients take at most a quarter of what the weights leave free there."""
     if not accumulates:
         return "device", "one micro-batch a step"
     if machine.device_type == "cpu":
         return "device", "device and host are one memory"
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
+    sizes_of = [(p, p.numel() * weight_dtype(p, dtypes).itemsize) for unit in units for p in unit.parameters.values()]
+    gradients = sum(size for parameter, size in sizes_of if parameter.requires_grad)
+    weights = sum(size for _, size in sizes_of)
     free = max(machine.device_free_bytes - weights, 0)
     sizes = f"gradients {gradients / GIB:.2f} GiB, free beside the weights {free / GIB:.2f} GiB"
     return ("device", sizes) if gradients <= free // 4 else ("host", sizes)

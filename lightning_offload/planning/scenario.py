@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.allocator import MIB, replay
+from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.host_limits import cpu_model
 from lightning_offload.memory.ledger import Total
@@ -99,15 +100,17 @@ class Dry:
         optimizer = _optimizer(scenario, twin)
         method = Full(scenario.settings)
         self.notes: list[str] = []
+        units = partition(twin.module, scenario.settings.blocks)
         if scenario.method != NATIVE:
             method.settings, self.notes = method.resolve(
-                list(twin.module.parameters()), scenario.machine, accumulates=scenario.micro_batches > 1
+                units, scenario.machine, dtypes, accumulates=scenario.micro_batches > 1
             )
 
         def attach(lanes: VirtualLanes) -> Driver:
             if scenario.method == NATIVE:
-                return NativeDriver(twin.module, optimizer, lanes, clip=scenario.clip)
-            engine = Engine(twin.module, optimizer, method, lanes, dtypes, expects_clip=scenario.clip is not None)
+                return NativeDriver(units, optimizer, lanes, clip=scenario.clip)
+            clips = scenario.clip is not None
+            engine = Engine(twin.module, optimizer, method, lanes, dtypes, expects_clip=clips, units=units)
             return EngineDriver(engine, clip=scenario.clip, serial=scenario.method == SERIAL)
 
         self.run = DryRun(
