@@ -16,7 +16,7 @@ def count(number: float) -> str:
 
 
 def flop_rate(flops_per_s: float) -> str:
-    """``63 GFLOP/s``, ``10.2 TFLOP/s``."""
+    """``63.0 GFLOP/s``, ``10.2 TFLOP/s``."""
     name, scale = ("T", 1e12) if flops_per_s >= 1e12 else ("G", 1e9)
     return f"{_digits(flops_per_s / scale)} {name}FLOP/s"
 
@@ -27,12 +27,12 @@ def seconds(seconds: float) -> str:
 
 
 def gigabytes(nbytes: float) -> str:
-    """``54 MB``, ``16.1 GB``."""
+    """``53.6 MB``, ``16.1 GB``."""
     return f"{_digits(nbytes / 1e9)} GB" if nbytes >= 1e9 else f"{_digits(nbytes / 1e6)} MB"
 
 
 def size(nbytes: float) -> str:
-    """``134 MiB``, ``19.59 GiB``."""
+    """``134.0 MiB``, ``19.59 GiB``."""
     unit = memory_unit(nbytes)
     return f"{in_unit(nbytes, unit)} {unit}"
 
@@ -59,4 +59,4 @@ def in_unit(nbytes: float, unit: str) -> str:
 
 
 def _digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 99.95 else f"{number:.3g}"
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}"

@@ -29,7 +29,9 @@ def made(**changed: Any) -> Plan:
         "tokens": 1024,
         "unit": "tokens",
         "flops": 50 * 10**12,
-        "device": Memory({"activations": 2 * GIB, "weights: blocks": 15 * GIB, "crumbs": 50 * MIB}, 24 * GIB),
+        "device": Memory(
+            {"activations": 2 * GIB, "weights: blocks": 15 * GIB, "crumbs": 50 * MIB, "dust": 60 * MIB}, 24 * GIB
+        ),
         "host": Memory({"masters": 30 * GIB, "optimizer state": 60 * GIB}, 256 * GIB),
         "pinned": Memory({"wire and rings": 15 * GIB}, 256 * GIB),
         "step_s": 5.0,
@@ -53,15 +55,17 @@ def test_first_it_says_whether_it_fits_and_how_fast_it_is() -> None:
     assert lines[1] == "method full, bf16-true, 1,024 tokens per step"
     assert lines[3].split(maxsplit=1) == [
         "fits",
-        "17.05 of 24.00 GiB device memory, 90.00 of 256.00 GiB host memory",
+        "17.11 of 24.00 GiB device memory, 90.00 of 256.00 GiB host memory",
     ]
-    assert lines[4].split(maxsplit=2)[2] == ("5 s: 205 tokens/s, 10 TFLOP/s; no schedule takes less than 4 s (1.25 x)")
+    assert lines[4].split(maxsplit=2)[2] == (
+        "5.00 s: 205 tokens/s, 10.0 TFLOP/s; no schedule takes less than 4.00 s (1.25 x)"
+    )
     assert lines[5].split(maxsplit=2)[2] == "the host's step"
 
 
 def test_what_is_trained_and_how_a_step_is_cut_is_said_where_it_is_unusual() -> None:
     text = report(made(trained=1_000_000, micro_batches=4, unit="samples", tokens=32))
-    assert "Net of 8.03 B parameters (1 M trained) on rtx4090" in text
+    assert "Net of 8.03 B parameters (1.00 M trained) on rtx4090" in text
     assert "32 samples per step, in 4 micro-batches" in text
 
 
@@ -95,7 +99,7 @@ def test_what_is_missing_and_the_way_out_come_before_the_tables() -> None:
     advice = Advice(("smaller micro-batches", "bf16"), ("data.batch_size=4", "precision=bf16-true"), 3 * GIB, 0, 6.5)
     text = report(made(device=Memory({"activations": 25 * GIB}, 24 * GIB), advice=(advice,)))
     assert "does NOT fit 1.00 GiB of device memory missing (takes 25.00 of 24.00 GiB)" in text
-    assert "fits with    smaller micro-batches and bf16: 3.00 GiB less device memory, 6.5 s per step" in text
+    assert "fits with    smaller micro-batches and bf16: 3.00 GiB less device memory, 6.50 s per step" in text
     assert "data.batch_size=4 precision=bf16-true" in text
     assert text.index("fits with") < text.index("activations")
     assert "device memory                              25.00 GiB of 24.00 GiB: too much" in text
@@ -118,7 +122,7 @@ def test_methods_are_compared_in_one_table() -> None:
     text = report(made(others=(other,)))
     head, *rows = text.split("\n\n")[2].splitlines()
     assert head.split() == ["method", "device", "GiB", "host", "GiB", "step", "tokens/s"]
-    assert rows[0].split() == ["full", "17.05", "90.00", "5", "s", "205", "fits"]
+    assert rows[0].split() == ["full", "17.11", "90.00", "5.00", "s", "205", "fits"]
     assert rows[1].split() == ["none", "100.00", "0.00", "500", "ms", "2,048", "does", "NOT", "fit"]
 
 
@@ -146,7 +150,7 @@ def test_lines_are_not_long_and_nothing_is_lost() -> None:
         (words.count(999), "999"),
         (words.seconds(0.00133), "1.33 ms"),
         (words.seconds(1234.5), "1,234 s"),
-        (words.flop_rate(6.3e10), "63 GFLOP/s"),
+        (words.flop_rate(6.3e10), "63.0 GFLOP/s"),
         (words.gigabytes(5.36e7), "53.6 MB"),
         (words.size_of_limit(134 * MIB, 22 * GIB), "134.0 MiB of 22.00 GiB"),
         (words.size_of_limit(3 * GIB, None), "3.00 GiB"),
