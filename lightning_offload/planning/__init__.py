@@ -17,6 +17,8 @@ from lightning_offload.planning.advice import advise
 from lightning_offload.planning.result import Advice, Memory, Plan
 from lightning_offload.planning.scenario import METHODS, Dry, Scenario
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
 __all__ = ["METHODS", "Advice", "Memory", "Plan", "plan"]
 
 
@@ -59,12 +61,10 @@ def plan(
         TwinError: The step does not run without values; says where, and what to pass.
         OffloadError: The module does not say how to make a loss.
         PartitionError: A model that cannot be split.
-        ValueError: An unknown method or hardware, or a setting that cannot work.
+        ValueError: An unknown method, precision or hardware, a setting that cannot work, or nothing to train.
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-    if accumulate_grad_batches < 1:
-        raise ValueError(f"`accumulate_grad_batches` must be an integer >= 1, got {accumulate_grad_batches!r}")
+    _check_choices(method, precision, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+    _check_parameters(module, optimizer)
     scenario = Scenario(
         module=module,
         batch=batch,
@@ -84,6 +84,34 @@ def plan(
         advice=advise(scenario, made),
         others=tuple(Dry(replace(scenario, method=name)).plan() for name in others),
     )
+
+
+def _check_choices(method: str, precision: str, micro_batches: int, clip: float | None, algorithm: str) -> None:
+    """Refuse what no Trainer takes either, naming the argument."""
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise ValueError(f"`accumulate_grad_batches` must be an integer >= 1, got {micro_batches!r}")
+    if clip is not None and not clip >= 0:
+        raise ValueError(f"`gradient_clip_val` must be a number >= 0, or None, got {clip!r}")
+    if algorithm not in ("norm", "value"):
+        raise ValueError(f"`gradient_clip_algorithm` must be 'norm' or 'value', got {algorithm!r}")
+
+
+def _check_parameters(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a module with nothing to train, and an optimizer of something else."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"`module` must be a torch.nn.Module, got {module!r}; pass an instance")
+    known = {id(parameter) for parameter in module.parameters()}
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"`module` ({type(module).__name__}) has no parameter with requires_grad=True: nothing to train"
+        )
+    groups = optimizer.param_groups if optimizer is not None else []
+    if any(id(parameter) not in known for group in groups for parameter in group["params"]):
+        raise ValueError("`optimizer` has parameters that are not of `module`; build it from `module.parameters()`")
 
 
 def hardware_names() -> list[str]:
