@@ -26,7 +26,7 @@ from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.twin import Step, Twin, forward_context, pretending
 from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
-from lightning_offload.planning.words import count
+from lightning_offload.planning.words import count, seconds
 from lightning_offload.timeline import LaneUse
 
 NATIVE, SERIAL, FULL = "none", "zero-offload", "full"
@@ -230,11 +230,11 @@ class Dry:
         step_s, weights_s = self._after_backward("host", "step"), self._after_backward("h2d", "weights")
         down_s = timing.lanes.get("d2h", Total()).seconds
         if down_s > max(step_s, weights_s, timing.backward_s):
-            return f"the link down: gradients take {down_s:.2f} s"
+            return f"the link down: gradients take {seconds(down_s)}"
         if self.scenario.method == SERIAL:
-            return f"the schedule: the device waits {stall_s:.2f} s for gradients, host and weights in turn"
+            return f"the schedule: the device waits {seconds(stall_s)} for gradients, host and weights in turn"
         what, slow_s = ("the host's step", step_s) if step_s >= weights_s else ("the link up", weights_s)
-        text = f"{what}, {slow_s:.2f} s, of which the next forward hides {min(timing.forward_s, slow_s):.2f} s"
+        text = f"{what}, {seconds(slow_s)}, of which the next forward hides {seconds(min(timing.forward_s, slow_s))}"
         if timing.forward_s > 0 and slow_s > timing.forward_s:
             tokens, unit = _count(self.scenario.batch)
             text += f"; it would hide from about {round(tokens * slow_s / timing.forward_s):,} {unit} per micro-batch"
