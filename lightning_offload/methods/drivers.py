@@ -28,6 +28,11 @@ class Driver(Protocol):
         """What the recorded forward did with the weights."""
         ...
 
+    @property
+    def warm_up(self) -> int:
+        """Steps after which every step is like the one before."""
+        ...
+
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one forward; ``last``: the step follows its backward."""
         ...
@@ -67,6 +72,11 @@ class EngineDriver:
     def uses(self) -> Uses:
         """See ``Driver.uses``."""
         return self.engine.arrivals.uses
+
+    @property
+    def warm_up(self) -> int:
+        """See ``Driver.warm_up``: the first step never runs under backward, so the second may overlap another way."""
+        return 1 if self._clip is not None or self.engine.method.settings.skip_nonfinite else 2
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -108,7 +118,7 @@ class NativeDriver:
     def __init__(
         self, units: Sequence[Unit], optimizer: torch.optim.Optimizer, lanes: VirtualLanes, *, clip: Clip | None
     ) -> None:
-        self.units = units
+        self.units, self.warm_up = units, 1
         self._optimizer, self._lanes, self._clip = optimizer, lanes, clip
         self._trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for parameter in self._trained:

@@ -72,7 +72,7 @@ class Timing:
         compute_s: All compute of a step.
         lanes: Bytes and busy seconds of each lane.
         kinds: The same of each (lane, kind of operation).
-        spans: Every operation of two steps.
+        spans: Every operation of that step, and what it leaves to the next.
     """
 
     step_s: float
@@ -144,7 +144,7 @@ class DryRun:
                     module.register_forward_pre_hook(self._entry_cue(unit), prepend=True)
 
     def run(self) -> Timing:
-        """Record one step, replay two more, and time the last."""
+        """Record one step, replay until every step is like the one before, and time the last."""
         with self._active():
             for index in range(self._micro_batches):
                 last = index == self._micro_batches - 1
@@ -153,14 +153,15 @@ class DryRun:
                 else:
                     self._replay(self._tape_of(index), last=last)
             self.driver.step()
-            self._replay_step()
+            for _ in range(self.driver.warm_up - 1):
+                self._replay_step()
             self.lanes.ledger.start_trace()
             before_s, work_before_s = self.lanes.now_s, self._compute_s
             self._replay_step()
             step_s, compute_s = self.lanes.now_s - before_s, self._compute_s - work_before_s
             self.driver.flush()
         spans = tuple(self.lanes.ledger.stop_trace())
-        ledger = self.lanes.ledger
+        ledger, steps = self.lanes.ledger, self.driver.warm_up + 1
         return Timing(
             step_s=step_s,
             forward_s=self._duration(self.tapes[0].forward),
@@ -169,8 +170,8 @@ class DryRun:
                 self._duration(tape.forward + tape.backward) for tape in map(self._tape_of, range(self._micro_batches))
             ),
             compute_s=compute_s,
-            lanes={lane: _per_step(total) for lane, total in ledger.lanes.items() if lane != "compute"},
-            kinds={kind: _per_step(total) for kind, total in ledger.kinds.items() if kind[0] != "compute"},
+            lanes={lane: _per_step(total, steps) for lane, total in ledger.lanes.items() if lane != "compute"},
+            kinds={kind: _per_step(total, steps) for kind, total in ledger.kinds.items() if kind[0] != "compute"},
             spans=spans,
         )
 
@@ -273,12 +274,8 @@ class DryRun:
             yield
 
 
-STEPS = 3
-"""Steps of a dry run: one recorded, two replayed."""
-
-
-def _per_step(total: Total) -> Total:
-    return Total(total.operations // STEPS, total.bytes // STEPS, total.seconds / STEPS)
+def _per_step(total: Total, steps: int) -> Total:
+    return Total(total.operations // steps, total.bytes // steps, total.seconds / steps)
 
 
 def costs(machine: Machine) -> Callable[[Work], float]:

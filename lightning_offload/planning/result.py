@@ -86,7 +86,7 @@ class Plan:
         others: Other methods on the same model and machine (``compare=True``).
         uses: What the forward does with the weights.
         units: Names of the units, in the order in which they run.
-        spans: Every operation of two steps.
+        spans: Every operation of one step, and what it leaves to the next.
     """
 
     model: str

@@ -47,7 +47,12 @@ def build_network(*, path: str | None, config: dict[str, Any] | None, init: str,
 
 
 def shape(path: str | None, config: dict[str, Any] | None) -> Any:
-    """The transformers config of a model by shape, or of the one at `path`."""
+    """The transformers config of a model by shape, or of the one at `path`.
+
+    Raises:
+        ValueError: A shape without an architecture, or one that the architecture cannot have.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if path is not None:
@@ -56,7 +61,11 @@ def shape(path: str | None, config: dict[str, Any] | None) -> Any:
     assert config is not None
     if "model_type" not in config:
         raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")
-    return AutoConfig.for_model(**_plain(config))
+    try:
+        return AutoConfig.for_model(**_plain(config))
+    except StrictDataclassError as error:  # says it over several lines
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"config is no shape of a {config['model_type']} model: {reason}") from error
 
 
 def recompute_blocks(network: Any) -> None:
