@@ -21,6 +21,7 @@ PHASES = {"forward": "#d9e6f2", "backward": "#33506e", "step": "#c8743a"}
 
 _ROW, _STRIP = 0.8, 0.26  # heights, in rows
 _LABELLED = 8  # units that the colour scale has room to name
+_IN_SECONDS_S = 5  # from here on the axis counts seconds
 _SLIVER = 0.003  # share of the picture's width below which a bar has no white edge
 
 
@@ -217,8 +218,11 @@ def draw(timelines: Mapping[str, Sequence[Span]], out: Path, *, units: Sequence[
         panels.append(figure.add_subplot(grid[row], sharex=panels[0] if panels else None))
         _draw_panel(panels[-1], name, [span for span in spans if span.lane in LANES], colors)
         panels[-1].tick_params(labelbottom=row == len(timelines) - 1)
-    panels[-1].set_xlabel("ms")
-    panels[0].set_xlim(0, max(_extent_s(spans) for spans in timelines.values()) * 1e3)
+    extent_s = max(_extent_s(spans) for spans in timelines.values())
+    panels[0].set_xlim(0, extent_s * 1e3)
+    panels[-1].set_xlabel("s" if extent_s >= _IN_SECONDS_S else "ms")
+    if extent_s >= _IN_SECONDS_S:
+        panels[-1].xaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g}")
     _draw_legend(figure.add_subplot(grid[-1]), colors, units)
     if title:
         figure.suptitle(title, fontsize=12)

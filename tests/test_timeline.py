@@ -178,3 +178,18 @@ def test_table_without_a_prediction_and_of_lanes_that_one_side_lacks() -> None:
         "host to device, bytes            0         -",
         "host to device, busy ms       0.00         -",
     ]
+
+
+@pytest.mark.parametrize(("end_s", "unit", "labels"), [(0.5, "ms", {"100"}), (20.0, "s", {"5", "10"})])
+def test_long_steps_are_drawn_in_seconds(
+    end_s: float, unit: str, labels: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    draw({"predicted": [Span("compute", "forward", 1, 0.0, end_s)]}, tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_xlabel() == unit
+    assert labels <= {label.get_text() for label in axes.get_xticklabels()}
