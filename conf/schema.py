@@ -81,10 +81,9 @@ class Train(Running):
 
 
 @dataclass
-class Plan(Running):
-    """`lightning-offload plan`."""
+class Plan(Train):
+    """`lightning-offload plan`: what a run takes, so that its arguments can be planned as they are."""
 
-    optimizer: Any = MISSING
     compare: bool = False
     output: str | None = None
 
