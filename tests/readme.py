@@ -67,6 +67,7 @@ TREE = {
     "lightning_offload/bench/bounds.py": "the least a step can take, from counted work and measured rates",
     "lightning_offload/bench/host.py": "the host's share of a step, beside torch's kernel and the memory's rate",
     "lightning_offload/bench/simulated.py": "planned steps on the machines of `conf/hardware`: schedule against bound",
+    "lightning_offload/bench/prediction.py": "the plan beside measured steps: seconds, bytes, peaks",
     "lightning_offload/bench/training.py": "whole steps of models by shape: time, memory, lanes",
     "lightning_offload/bench/measure.py": "turns, medians, ratios",
     "lightning_offload/bench/report.py": "what was measured, as JSON and as Markdown",
