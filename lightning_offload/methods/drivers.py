@@ -53,6 +53,10 @@ class Driver(Protocol):
         """Nothing is in flight afterwards."""
         ...
 
+    def detach(self) -> None:
+        """Take every hook off the twin's parameters: autograd keeps what they refer to, for good."""
+        ...
+
 
 class EngineDriver:
     """A method on its engine.
@@ -103,6 +107,10 @@ class EngineDriver:
     def flush(self) -> None:
         """See ``Driver.flush``."""
         self.engine.flush()
+
+    def detach(self) -> None:
+        """See ``Driver.detach``."""
+        self.engine.detach()
 
 
 class NativeDriver:
@@ -156,6 +164,9 @@ class NativeDriver:
 
     def flush(self) -> None:
         """See ``Driver.flush``."""
+
+    def detach(self) -> None:
+        """See ``Driver.detach``: it has hung none there."""
 
     def _entering(self, unit: int) -> Callable[..., None]:
         return lambda *_: self.enter(unit, recomputed=torch._C._current_graph_task_id() != -1)

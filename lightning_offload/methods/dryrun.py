@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import Machine
@@ -127,24 +128,31 @@ class DryRun:
         self.meter = TwinMeter(self._work)
         self.lanes = VirtualLanes(machine, self.meter.counting_as)
         self.tapes: list[Tape] = []
+        self._hooks: list[RemovableHandle] = []
         self._recording: Tape | None = None
         self._parameters = dict(twin.module.named_parameters())
         with self._active():
             self._hold_module()
             for name, parameter in self._parameters.items():
                 if parameter.requires_grad:  # before the driver's own hook, and after it
-                    parameter.register_post_accumulate_grad_hook(self._gradient_cue(name))
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_cue(name)))
             with self.meter.counting_as("optimizer state"):
                 self.driver = attach(self.lanes)
             for parameter in self._parameters.values():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._resume)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._resume))
             for unit in self.driver.units:
                 for module in unit.entry_modules:
                     module.register_forward_pre_hook(self._entry_cue(unit), prepend=True)
 
     def run(self) -> Timing:
-        """Record one step, replay until every step is like the one before, and time the last."""
+        """Record one step, replay until every step is like the one before, and time the last. Once."""
+        try:
+            return self._run()
+        finally:
+            self._close()
+
+    def _run(self) -> Timing:
         with self._active():
             for index in range(self._micro_batches):
                 last = index == self._micro_batches - 1
@@ -174,6 +182,13 @@ class DryRun:
             kinds={kind: _per_step(total, steps) for kind, total in ledger.kinds.items() if kind[0] != "compute"},
             spans=spans,
         )
+
+    def _close(self) -> None:
+        """Let go of the twin's parameters, whose hooks autograd would keep; what was found stays readable."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        with self._active():
+            self.driver.detach()
 
     @property
     def flops(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning_offload.memory.ledger import Span
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.dryrun import DryRun
 from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.twin import TwinError
 from lightning_offload.planning.scenario import NATIVE, SERIAL, Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape
 from tests.helpers import pairwise, row_id
@@ -90,3 +93,20 @@ def test_the_order_of_schedules() -> None:
     seconds = [Dry(s).timing.step_s for s in (eager, late, replace(late, method=SERIAL))]
     assert seconds == sorted(seconds)
     assert seconds[0] < seconds[1] < seconds[2]
+
+
+@pytest.mark.parametrize("method", ["full", NATIVE])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_kept_of_a_dry_run(method: str, fails: bool) -> None:
+    """Autograd keeps the hooks of a parameter, and what they refer to, beyond the reach of the collector."""
+
+    def step(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if fails:
+            raise ZeroDivisionError
+        return module(**batch).loss  # type: ignore[no-any-return]
+
+    module, batch = hugging_face("llama")
+    with suppress(TwinError):
+        Dry(Scenario(module, batch, gpu(), method=method, step=step))
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, DryRun)]
