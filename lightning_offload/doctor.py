@@ -87,7 +87,10 @@ def diagnose(device: torch.device | str | None = None) -> Diagnosis:
         ValueError: A device that is neither CUDA nor the CPU.
     """
     notes = _Notes()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # lists two dozen types
+        raise ValueError(f"`device` must be 'cpu', 'cuda' or 'cuda:<number>', got {device!r}") from error
     if chosen.type == "cpu" and device is None:
         _why_no_gpu(notes)
     usable = chosen.type != "cuda" or _cuda_works(notes, chosen)

@@ -7,6 +7,7 @@ real run would decide by looking at values is answered here, and noted, for a re
 from __future__ import annotations
 
 import copy
+import random
 import sys
 import traceback
 from collections import defaultdict
@@ -156,6 +157,9 @@ def pretending() -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         helpers = sys.modules.get("transformers.utils.import_utils")
         if helpers is not None and hasattr(helpers, "is_fake_tensor"):
             stack.callback(setattr, helpers, "is_fake_tensor", helpers.is_fake_tensor)

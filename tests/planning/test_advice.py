@@ -1,0 +1,150 @@
+"""Advice: applied, it makes the plan fit; where there is none, nothing that is known would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_offload.memory.budget import Machine
+from lightning_offload.methods.full import FullSettings
+from lightning_offload.planning import Plan
+from lightning_offload.planning.advice import advise
+from lightning_offload.planning.scenario import Dry, Scenario
+from lightning_offload.text import CausalLM, batch_by_shape
+from tests.planning.machines import cpu, gpu
+
+VOCAB, LENGTH, SAMPLES = 1024, 64, 8
+SHAPE = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128}
+SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": LENGTH}
+
+
+class Stack(nn.Module):
+    """No transformer: nothing to recompute, no chunks, and batch norm, which takes several samples."""
+
+    def __init__(self, *, norm: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(96, 96), nn.BatchNorm1d(96) if norm else nn.Identity()) for _ in range(4))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x).square().mean()
+
+
+def causal_lm(**model: Any) -> CausalLM:
+    with torch.device("meta"):
+        return CausalLM(config=SHAPE, **model)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user has written, as far as advice changes it."""
+
+    machine: Machine
+    model: dict[str, Any] = field(default_factory=dict)
+    samples: int = SAMPLES
+    micro_batches: int = 1
+    method: str = "full"
+    precision: Any = "32-true"
+    accumulate: Any = "auto"
+    make: Callable[..., nn.Module] = causal_lm
+
+    @property
+    def scenario(self) -> Scenario:
+        return Scenario(
+            module=self.make(**self.model),
+            batch=batch_by_shape(self.samples, LENGTH, VOCAB)
+            if self.make is causal_lm
+            else torch.zeros(self.samples, 96),
+            machine=self.machine,
+            method=self.method,
+            settings=FullSettings(accumulate=self.accumulate),
+            precision=self.precision,
+            micro_batches=self.micro_batches,
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """Without advice."""
+        return Dry(self.scenario).plan()
+
+    def following(self, overrides: Sequence[str]) -> Asked:
+        """As the command line does it."""
+        asked = self
+        for override in " ".join(overrides).split():
+            key, value = override.split("=")
+            if key.startswith("model."):
+                asked = replace(asked, model={**asked.model, key.removeprefix("model."): json.loads(value)})
+            else:
+                name = {"data.batch_size": "samples", "trainer.accumulate_grad_batches": "micro_batches"}.get(key)
+                kept = int(value) if name else value
+                asked = replace(asked, **{name or key.removeprefix("trainer.strategy."): kept})
+        return asked
+
+
+def everything(asked: Asked) -> Iterator[list[str]]:
+    """Each change that is known, alone; then all that go together."""
+    batches = [
+        f"data.batch_size={size} trainer.accumulate_grad_batches={asked.micro_batches * asked.samples // size}"
+        for size in range(1, asked.samples)
+        if asked.samples % size == 0
+    ]
+    model = ["model.gradient_checkpointing=true", "model.loss_chunk_tokens=128"] if asked.make is causal_lm else []
+    changes = [*model, "precision=bf16-true", "method=full", *batches]
+    yield from (
+        [change] for change in [*changes, "trainer.strategy.accumulate=host", "trainer.strategy.accumulate=device"]
+    )
+    if asked.precision != "bf16-true":  # which without masters would lose small updates
+        yield ["method=none"]
+    for where in ("host", "device"):
+        yield [*model, "precision=bf16-true", "method=full", *batches[:1], f"trainer.strategy.accumulate={where}"]
+
+
+def capped(machine: Machine, made: Plan, share: float, place: str) -> Machine:
+    """As much as ``share`` of what the plan takes there, beside the context."""
+    if machine.device_type == "cpu":
+        return machine.capped(host_bytes=int(share * made.host.bytes))
+    context = machine.context_bytes
+    if place == "device":
+        return machine.capped(device_bytes=context + int(share * (made.device.bytes - context)))
+    return machine.capped(host_bytes=int(share * made.host.bytes))
+
+
+CASES = [
+    (Asked(gpu()), "device"),
+    (Asked(gpu(), precision="bf16-true", model={"gradient_checkpointing": True}), "device"),
+    (Asked(gpu(), method="none", precision="bf16-mixed"), "device"),
+    (Asked(gpu(), micro_batches=2, accumulate="device"), "device"),
+    (Asked(gpu(), micro_batches=2, accumulate="host", samples=4), "host"),
+    (Asked(gpu(), precision="bf16-true", samples=1), "host"),
+    (Asked(cpu(), micro_batches=3, samples=2), "host"),
+    (Asked(gpu(), make=Stack, samples=256), "device"),
+]
+IDS = [f"{asked.method}-{asked.precision}-{asked.machine.device_type}-{at}" for at, (asked, _) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9])
+@pytest.mark.parametrize(("asked", "place"), CASES, ids=IDS)
+def test_advice_fits_and_without_it_nothing_does(asked: Asked, place: str, share: float) -> None:
+    asked = replace(asked, machine=capped(asked.machine, asked.plan, share, place))
+    made = asked.plan
+    assert not made.fits
+    given = advise(asked.scenario, made)
+    for advice in given:
+        after = asked.following(advice.overrides).plan
+        assert after.fits, advice.overrides
+        assert after.device.bytes == made.device.bytes - advice.device_bytes_saved
+        assert after.host.bytes == made.host.bytes - advice.host_bytes_saved
+        assert after.step_s == advice.step_s
+        if len(advice.overrides) > 1:
+            for at in range(len(advice.overrides)):
+                fewer = [*advice.overrides[:at], *advice.overrides[at + 1 :]]
+                assert not asked.following(fewer).plan.fits, f"{advice.overrides[at]} was not needed"
+    if not given:
+        assert [tried for tried in everything(asked) if asked.following(tried).plan.fits] == []
