@@ -24,7 +24,7 @@ def build(cfg: DictConfig | ListConfig, key: str, **extra: Any) -> Any:
     node = OmegaConf.select(cfg, key)
     if node is None:
         return None
-    shown = ", ".join(f"{name}={value}" for name, value in _telling(node))
+    shown = ", ".join(f"{name}={extra.get(name, value)}" for name, value in _telling(node))
     choice = HydraConfig.get().runtime.choices.get(key)
     line = f"{f'{key}={choice}' if choice else key:<26} {node._target_.rpartition('.')[2]}({shown})"
     print(line if len(line) <= _LINE_LENGTH else f"{line[: _LINE_LENGTH - 4]} ...")

@@ -128,7 +128,8 @@ class Plan:
     @property
     def prediction(self) -> Prediction:
         """What a measurement is set against."""
-        return Prediction(self.spans, StepUse(self.lanes, self.step_s, self.device.bytes), self.units)
+        peak_bytes = self.device.bytes if self.device.limit_bytes is not None else None  # a CPU's is not measured
+        return Prediction(self.spans, StepUse(self.lanes, self.step_s, peak_bytes), self.units)
 
     def __str__(self) -> str:
         """The plan as text."""
@@ -141,7 +142,7 @@ class Plan:
         return json.dumps(_plain(self), indent=2)
 
     def plot(self, path: str | Path) -> Path:
-        """Draw two predicted steps; the suffix of ``path`` gives the format.
+        """Draw one predicted step and what it leaves to the next; the suffix of ``path`` gives the format.
 
         Returns:
             ``path``.
