@@ -84,6 +84,7 @@ class Plan:
         notes: What was chosen, what a real run will wait for, what is unusual about the model.
         advice: Where it does not fit: what would, the smallest change first.
         others: Other methods on the same model and machine (``compare=True``).
+        device_expandable: ``device`` with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
         uses: What the forward does with the weights.
         units: Names of the units, in the order in which they run.
         spans: Every operation of one step, and what it leaves to the next.
@@ -111,6 +112,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
     others: tuple[Plan, ...] = ()
+    device_expandable: Memory | None = field(default=None, repr=False)
     uses: Uses = field(default_factory=Uses, repr=False)
     units: tuple[str, ...] = field(default=(), repr=False)
     spans: tuple[Span, ...] = field(default=(), repr=False)
@@ -152,11 +154,8 @@ class Plan:
 
 
 def _plain(plan: Plan) -> dict[str, object]:
-    kept = {
-        name: value
-        for name, value in vars(plan).items()
-        if name not in ("device", "host", "pinned", "others", "uses", "units", "spans", "lanes", "advice")
-    }
+    apart = {"device", "device_expandable", "host", "pinned", "lanes", "advice", "others", "uses", "units", "spans"}
+    kept = {name: value for name, value in vars(plan).items() if name not in apart}
     places = {
         name: {"bytes": memory.bytes, "limit_bytes": memory.limit_bytes, "fits": memory.fits, "holds": memory.holds}
         for name, memory in (("device", plan.device), ("host", plan.host), ("pinned", plan.pinned))

@@ -130,15 +130,28 @@ class Dry:
     @property
     def device(self) -> Memory:
         """The peak, by what it holds; on a GPU as the caching allocator would reserve it."""
+        return self._device(expandable=_has_expandable_segments())
+
+    @property
+    def device_expandable(self) -> Memory:
+        """The same with ``PYTORCH_ALLOC_CONF=expandable_segments:True``."""
+        return self._device(expandable=True)
+
+    def _device(self, *, expandable: bool) -> Memory:
         machine, meter = self.scenario.machine, self.run.meter
         kinds = Counter(dict(meter.peak.kinds))
         kinds.pop("weights", 0)
         holds = {**self._weights(), **{kind: count for kind, count in sorted(kinds.items()) if count}}
         if machine.device_type == "cpu":
             return Memory(holds, None)
-        reserved = replay(meter.allocations, expandable=_has_expandable_segments()).peak_bytes
-        holds["allocator (rounding, fragments)"] = max(reserved - meter.peak.bytes, 0)
-        holds["CUDA context, workspaces"] = machine.context_bytes + WORKSPACE_BYTES + int((MARGIN - 1) * reserved)
+        outside = machine.context_bytes + WORKSPACE_BYTES
+        found = replay(meter.allocations, expandable=expandable)
+        room = int((machine.device_budget_bytes - outside) / MARGIN)
+        if found.peak_bytes > room:  # the allocator then gives back what is wholly free before it fails
+            pressed = replay(meter.allocations, room, expandable=expandable)
+            found = pressed if pressed.fits else found
+        holds["allocator (rounding, fragments)"] = max(found.peak_bytes - meter.peak.bytes, 0)
+        holds["CUDA context, workspaces"] = outside + int((MARGIN - 1) * found.peak_bytes)
         return Memory(holds, machine.device_budget_bytes)
 
     @property
@@ -195,6 +208,7 @@ class Dry:
             unit=unit,
             flops=self.run.flops,
             device=self.device,
+            device_expandable=self.device_expandable,
             host=self.host,
             pinned=self.pinned,
             step_s=timing.step_s,
