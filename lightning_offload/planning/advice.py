@@ -243,11 +243,12 @@ def _is_too_large(plan: Plan) -> bool:
 
 
 def _can_reach(plan: Plan) -> bool:
-    """Whether there is room for what is held all the time."""
+    """Whether there is room for what is held all the time, all of it in host memory where the device is another."""
     transient = sum(count for kind, count in plan.device.holds.items() if kind.startswith(_TRANSIENT))
+    places = [(plan.device, transient), (plan.host, transient if plan.device.limit_bytes is None else 0)]
     return all(
-        memory.fits or (memory.bytes - 1.02 * transient <= (memory.limit_bytes or 0))  # kernels' workspaces: 2 %
-        for memory in (plan.device, plan.host)
+        memory.fits or memory.bytes - 1.02 * transient <= (memory.limit_bytes or 0)  # kernels' workspaces: 2 %
+        for memory, transient in places
     )
 
 

@@ -52,7 +52,6 @@ def shape(path: str | None, config: dict[str, Any] | None) -> Any:
     Raises:
         ValueError: A shape without an architecture, or one that the architecture cannot have.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if path is not None:
@@ -63,7 +62,7 @@ def shape(path: str | None, config: dict[str, Any] | None) -> Any:
         raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")
     try:
         return AutoConfig.for_model(**_plain(config))
-    except StrictDataclassError as error:  # says it over several lines
+    except Exception as error:  # of a class of its own, and over several lines
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"config is no shape of a {config['model_type']} model: {reason}") from error
 

@@ -148,3 +148,39 @@ def test_advice_fits_and_without_it_nothing_does(asked: Asked, place: str, share
                 assert not asked.following(fewer).plan.fits, f"{advice.overrides[at]} was not needed"
     if not given:
         assert [tried for tried in everything(asked) if asked.following(tried).plan.fits] == []
+
+
+def advised(asked: Asked, share: float, place: str) -> list[tuple[str, ...]]:
+    """Overrides of each advice."""
+    asked = replace(asked, machine=capped(asked.machine, asked.plan, share, place))
+    return [advice.overrides for advice in advise(asked.scenario, asked.plan)]
+
+
+def test_what_changes_least_comes_first() -> None:
+    chunks, batches = "model.loss_chunk_tokens=128", "data.batch_size=4 trainer.accumulate_grad_batches=2"
+    assert advised(CASES[0][0], 0.9, "device") == [(chunks,), (batches,)]
+    assert advised(CASES[4][0], 0.9, "host") == [("trainer.strategy.accumulate=device",), ("method=none",)]
+
+
+def test_several_together_where_one_is_not_enough() -> None:
+    asked = Asked(gpu(), accumulate="host")
+    small = ["precision=bf16-true", "data.batch_size=1 trainer.accumulate_grad_batches=8"]
+    asked = replace(asked, machine=gpu().capped(device_bytes=asked.following(small).plan.device.bytes))
+    (advice,) = advise(asked.scenario, asked.plan)
+    assert set(advice.overrides) == set(small)
+    assert asked.following(advice.overrides).plan.fits
+
+
+def test_nothing_is_tried_where_the_weights_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(gpu(), precision="bf16-true")
+    asked = replace(asked, machine=gpu().capped(device_bytes=2**16))
+    scenario, made = asked.scenario, asked.plan
+    monkeypatch.setattr(Dry, "__init__", None)  # a trial would raise
+    assert advise(scenario, made) == ()
+
+
+def test_a_change_that_the_model_does_not_take_is_not_advised() -> None:
+    """Batch norm refuses a single sample."""
+    asked = Asked(gpu(), make=lambda: Stack(norm=True), samples=512)
+    taken = advised(asked, 0.9, "device")
+    assert all("batch_size=1 " not in override for overrides in taken for override in overrides)
