@@ -48,6 +48,14 @@ class Total:
         self.bytes += nbytes
         self.seconds += seconds
 
+    def plus(self, other: Total) -> Total:
+        """Both together."""
+        return Total(self.operations + other.operations, self.bytes + other.bytes, self.seconds + other.seconds)
+
+    def since(self, before: Total) -> Total:
+        """What has come to it since it was ``before``."""
+        return Total(self.operations - before.operations, self.bytes - before.bytes, self.seconds - before.seconds)
+
 
 @dataclass
 class Ledger:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_offload.memory.arena import HostMemory, HostReport, Usage, aligned, region_bytes
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import CopyLane, Event, Place, nbytes, own_events
-from lightning_offload.memory.ledger import Ledger
+from lightning_offload.memory.ledger import Ledger, Total
 from lightning_offload.memory.rates import Rates
 
 
@@ -121,6 +121,7 @@ class VirtualLanes:
 
     Attributes:
         now_s: The clock of the compute lane.
+        asked: What was submitted so far, per lane and kind; the ledger knows an operation once its time has come.
         device_bytes: Engine buffers made on the device.
 
     Args:
@@ -142,6 +143,7 @@ class VirtualLanes:
         self.memory: HostMemory = VirtualMemory()
         self.ledger = Ledger()
         self.now_s = 0.0
+        self.asked: dict[tuple[str, str], Total] = {}
         self.device_bytes = 0
         self._rates: Rates = machine.rates
         self._counting_as = counting_as
@@ -249,6 +251,7 @@ class VirtualLanes:
 
     def _submit(self, lane: str, kind: str, size: int, seconds: float, after: Iterable[Event], priority: int) -> _Timed:
         with self._lock:
+            self.asked.setdefault((lane, kind), Total()).add(size, seconds)
             if self.shares_memory:
                 end_s = self.now_s + seconds
                 self.ledger.record(lane, kind, size, self.now_s, end_s, priority)

@@ -53,8 +53,8 @@ class Driver(Protocol):
         """Nothing is in flight afterwards."""
         ...
 
-    def detach(self) -> None:
-        """Take every hook off the twin's parameters: autograd keeps what they refer to, for good."""
+    def unhook(self) -> None:
+        """Take every hook off the twin: autograd keeps those of parameters, and all they refer to, for good."""
         ...
 
 
@@ -108,9 +108,9 @@ class EngineDriver:
         """See ``Driver.flush``."""
         self.engine.flush()
 
-    def detach(self) -> None:
-        """See ``Driver.detach``."""
-        self.engine.detach()
+    def unhook(self) -> None:
+        """See ``Driver.unhook``."""
+        self.engine.unhook()
 
 
 class NativeDriver:
@@ -165,8 +165,8 @@ class NativeDriver:
     def flush(self) -> None:
         """See ``Driver.flush``."""
 
-    def detach(self) -> None:
-        """See ``Driver.detach``: it has hung none there."""
+    def unhook(self) -> None:
+        """See ``Driver.unhook``: it has hung none on parameters."""
 
     def _entering(self, unit: int) -> Callable[..., None]:
         return lambda *_: self.enter(unit, recomputed=torch._C._current_graph_task_id() != -1)

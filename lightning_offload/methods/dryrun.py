@@ -7,9 +7,11 @@ schedule or another machine cost little.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,8 +73,7 @@ class Timing:
         backward_s: Compute of the last micro-batch's backward.
         module_s: Compute of the module in all micro-batches.
         compute_s: All compute of a step.
-        lanes: Bytes and busy seconds of each lane.
-        kinds: The same of each (lane, kind of operation).
+        kinds: Operations, bytes and busy seconds of each (lane, kind of operation).
         spans: Every operation of that step, and what it leaves to the next.
     """
 
@@ -81,9 +82,21 @@ class Timing:
     backward_s: float
     module_s: float
     compute_s: float
-    lanes: dict[str, Total]
     kinds: dict[tuple[str, str], Total]
     spans: tuple[Span, ...]
+
+    @classmethod
+    def unknown(cls) -> Timing:
+        """Where nobody wants to know."""
+        return cls(math.nan, math.nan, math.nan, math.nan, math.nan, {}, ())
+
+    @property
+    def lanes(self) -> dict[str, Total]:
+        """The same of each lane."""
+        lanes: dict[str, Total] = {}
+        for (lane, _), total in self.kinds.items():
+            lanes[lane] = lanes.get(lane, Total()).plus(total)
+        return lanes
 
 
 class DryRun:
@@ -145,31 +158,31 @@ class DryRun:
                 for module in unit.entry_modules:
                     module.register_forward_pre_hook(self._entry_cue(unit), prepend=True)
 
-    def run(self) -> Timing:
-        """Record one step, replay until every step is like the one before, and time the last. Once."""
-        try:
-            return self._run()
-        finally:
-            self._close()
+    def record(self) -> None:
+        """Run the module for one step: memory, FLOPs and the tapes are known afterwards.
 
-    def _run(self) -> Timing:
-        with self._active():
-            for index in range(self._micro_batches):
-                last = index == self._micro_batches - 1
-                if index < 2:
-                    self._record(last=last)
-                else:
-                    self._replay(self._tape_of(index), last=last)
+        Of many micro-batches the first two: the others are like the second.
+        """
+        with self._active(), ExitStack() as stack:
+            stack.callback(self.driver.unhook)
+            for hook in self._hooks:
+                stack.callback(hook.remove)
+            kinds = min(self._micro_batches, 2)
+            for index in range(kinds):
+                self._record(last=index == kinds - 1)
             self.driver.step()
+
+    def time(self) -> Timing:
+        """Replay until every step is like the one before, and time the last."""
+        with self._active():
             for _ in range(self.driver.warm_up - 1):
                 self._replay_step()
             self.lanes.ledger.start_trace()
-            before_s, work_before_s = self.lanes.now_s, self._compute_s
+            before_s, compute_before_s, asked_before = self.lanes.now_s, self._compute_s, deepcopy(self.lanes.asked)
             self._replay_step()
-            step_s, compute_s = self.lanes.now_s - before_s, self._compute_s - work_before_s
+            step_s, compute_s = self.lanes.now_s - before_s, self._compute_s - compute_before_s
+            kinds = {kind: total.since(asked_before.get(kind, Total())) for kind, total in self.lanes.asked.items()}
             self.driver.flush()
-        spans = tuple(self.lanes.ledger.stop_trace())
-        ledger, steps = self.lanes.ledger, self.driver.warm_up + 1
         return Timing(
             step_s=step_s,
             forward_s=self._duration(self.tapes[0].forward),
@@ -178,17 +191,9 @@ class DryRun:
                 self._duration(tape.forward + tape.backward) for tape in map(self._tape_of, range(self._micro_batches))
             ),
             compute_s=compute_s,
-            lanes={lane: _per_step(total, steps) for lane, total in ledger.lanes.items() if lane != "compute"},
-            kinds={kind: _per_step(total, steps) for kind, total in ledger.kinds.items() if kind[0] != "compute"},
-            spans=spans,
+            kinds=kinds,
+            spans=tuple(self.lanes.ledger.stop_trace()),
         )
-
-    def _close(self) -> None:
-        """Let go of the twin's parameters, whose hooks autograd would keep; what was found stays readable."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        with self._active():
-            self.driver.detach()
 
     @property
     def flops(self) -> int:
@@ -287,10 +292,6 @@ class DryRun:
         with pretending(), warnings.catch_warnings(), self._twin.mode, self.meter:
             warnings.simplefilter("ignore")
             yield
-
-
-def _per_step(total: Total, steps: int) -> Total:
-    return Total(total.operations // steps, total.bytes // steps, total.seconds / steps)
 
 
 def costs(machine: Machine) -> Callable[[Work], float]:

@@ -190,8 +190,12 @@ class Engine:
         try:
             self.close()
         finally:
-            while self._undo:
-                self._undo.pop()()
+            self.unhook()
+
+    def unhook(self) -> None:
+        """Remove everything the engine hung on the module and the optimizer; for those who call it by hand."""
+        while self._undo:
+            self._undo.pop()()
 
     def close(self) -> None:
         """Land what is in flight, stop workers, free device buffers; state stays readable. Idempotent."""

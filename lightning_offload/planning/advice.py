@@ -119,7 +119,7 @@ class _Search:
             for change in changes:
                 scenario = change.apply(scenario)
             try:
-                plan = Dry(scenario).plan()
+                plan = Dry(scenario).plan(only_if_it_fits=True)
             except OffloadError:  # a step that needs several samples, say
                 plan = self.asked.plan
             self._known[key] = _Tried(scenario, plan, tuple(changes))

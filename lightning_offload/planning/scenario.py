@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -122,10 +123,15 @@ class Dry:
             micro_batches=scenario.micro_batches,
             context=forward_context(scenario.precision),
         )
-        self.timing: Timing = self.run.run()
+        self.run.record()
         self.parameters = sum(p.numel() for p in twin.module.parameters())
         self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
         self._decides_late = method.settings.skip_nonfinite or scenario.clip is not None
+
+    @cached_property
+    def timing(self) -> Timing:
+        """Of one step; what it costs to know is a few replayed ones."""
+        return self.run.time()
 
     @property
     def device(self) -> Memory:
@@ -189,12 +195,19 @@ class Dry:
     def _after_backward(self, lane: str, kind: str) -> float:
         return self.timing.kinds.get((lane, kind), Total()).seconds
 
-    def plan(self) -> Plan:
-        """All of it as a plan, without advice."""
-        scenario, timing = self.scenario, self.timing
+    def plan(self, *, only_if_it_fits: bool = False) -> Plan:
+        """All of it as a plan, without advice.
+
+        Args:
+            only_if_it_fits: Leave the times out where it does not: knowing them costs more than memory.
+        """
+        scenario = self.scenario
+        if only_if_it_fits and not (self.device.fits and self.host.fits):
+            self.timing = Timing.unknown()
+        timing = self.timing
         tokens, unit = _count(scenario.batch)
         uses = self.run.driver.uses
-        lanes = {lane: LaneUse(total.bytes, total.seconds) for lane, total in timing.lanes.items() if lane != "stall"}
+        lanes = {lane: LaneUse(total.bytes, total.seconds) for lane, total in timing.lanes.items()}
         machine = scenario.machine
         return Plan(
             model=f"{type(scenario.module).__name__} of {count(self.parameters)} parameters",

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from lightning_offload.memory.ledger import Span
 from lightning_offload.methods.base import Clip
+from lightning_offload.methods.drivers import EngineDriver
 from lightning_offload.methods.dryrun import DryRun
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.twin import TwinError
@@ -57,11 +59,12 @@ def test_replaying_a_step_is_running_it(row: dict[str, Any], monkeypatch: pytest
     )
     replayed = Dry(scenario).timing
     monkeypatch.setattr(DryRun, "_replay", lambda self, tape, *, last: self._record(last=last))
+    monkeypatch.setattr(EngineDriver, "unhook", lambda self: None)
+    monkeypatch.setattr(RemovableHandle, "remove", lambda self: None)
     ran = Dry(scenario).timing
     assert _rounded(replayed.spans) == _rounded(ran.spans)
     assert replayed.step_s == pytest.approx(ran.step_s, rel=1e-9)  # sums in another order
-    assert replayed.kinds.keys() == ran.kinds.keys()
-    assert all(replayed.kinds[kind].bytes == total.bytes for kind, total in ran.kinds.items())
+    assert replayed.kinds == ran.kinds
 
 
 def wide(batch: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -105,8 +108,12 @@ def test_nothing_is_kept_of_a_dry_run(method: str, fails: bool) -> None:
             raise ZeroDivisionError
         return module(**batch).loss  # type: ignore[no-any-return]
 
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, DryRun) for thing in gc.get_objects())
+
     module, batch = hugging_face("llama")
+    before = alive()  # of tests that keep the hooks
     with suppress(TwinError):
-        Dry(Scenario(module, batch, gpu(), method=method, step=step))
-    gc.collect()
-    assert not [kept for kept in gc.get_objects() if isinstance(kept, DryRun)]
+        assert Dry(Scenario(module, batch, gpu(), method=method, step=step)).timing
+    assert alive() == before
