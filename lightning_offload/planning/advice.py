@@ -17,6 +17,9 @@ from lightning_offload.planning.scenario import FULL, NATIVE, Dry, Scenario, has
 LEAST_CHUNK = 128
 """Tokens per chunk of the loss below which its matrix products become slow."""
 
+EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+"""Not a key: it goes before the command."""
+
 SUMS = "sums over micro-batches"
 """Row of host memory."""
 
@@ -60,12 +63,21 @@ class _Search:
         """See ``advise``."""
         if _is_too_large(self.asked.plan):
             return ()
-        alone = [self._alone(propose) for propose in (*_PROPOSALS, _keep_on_device)]
+        alone = [self._expandable(), *(self._alone(propose) for propose in (*_PROPOSALS, _keep_on_device))]
         enough = [tried for tried in alone if tried is not None and tried.plan.fits]
         if not enough and (_can_reach(self.asked.plan) or any(propose(self.asked) for propose in _LASTING)):
             together = self._together()
             enough = [together] if together.plan.fits else []
         return tuple(self._advice(tried) for tried in enough)
+
+    def _expandable(self) -> _Tried | None:
+        """The allocator's other way, which costs no trial and no time."""
+        plan = self.asked.plan
+        other = plan.device_expandable
+        if other is None or other.bytes >= plan.device.bytes:
+            return None
+        change = _Change("expandable segments, by the environment", EXPANDABLE, lambda scenario: scenario)
+        return _Tried(self.asked.scenario, replace(plan, device=other), (change,))
 
     def _alone(self, propose: _Proposal) -> _Tried | None:
         if propose is _smaller_batch:

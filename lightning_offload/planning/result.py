@@ -44,7 +44,7 @@ class Advice:
 
     Attributes:
         changes: In words, each with how to say it on the command line.
-        overrides: For the command line.
+        overrides: For the command line; of the environment, before it.
         device_bytes_saved: On the device, beside the plan as asked for.
         host_bytes_saved: In host memory.
         step_s: What a step then takes.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_offload.memory.budget import Machine
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.planning import Plan
-from lightning_offload.planning.advice import advise
+from lightning_offload.planning.advice import EXPANDABLE, advise
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape
 from tests.planning.machines import cpu, gpu
@@ -160,6 +160,27 @@ def test_what_changes_least_comes_first() -> None:
     chunks, batches = "model.loss_chunk_tokens=128", "data.batch_size=4 trainer.accumulate_grad_batches=2"
     assert advised(CASES[0][0], 0.9, "device") == [(chunks,), (batches,)]
     assert advised(CASES[4][0], 0.9, "host") == [("trainer.strategy.accumulate=device",), ("method=none",)]
+
+
+def test_the_allocators_other_way_comes_before_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes nothing of the run; the environment says it, so a plan in that environment needs no advice."""
+    wide = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+    def make(**_: Any) -> nn.Module:
+        with torch.device("meta"):
+            return CausalLM(config={**SHAPE, **wide})
+
+    made = Asked(gpu(), make=make).scenario
+    scenario = replace(made, batch=batch_by_shape(2 * SAMPLES, LENGTH, VOCAB))
+    plan = Dry(scenario).plan()
+    assert plan.device_expandable is not None
+    between = (plan.device_expandable.bytes + plan.device.bytes) // 2
+    small = replace(scenario, machine=scenario.machine.capped(device_bytes=between))
+    advice = advise(small, Dry(small).plan())
+    assert advice[0].overrides == (EXPANDABLE,)
+    assert advice[0].device_bytes_saved == plan.device.bytes - plan.device_expandable.bytes > 0
+    monkeypatch.setenv(*EXPANDABLE.split("="))
+    assert Dry(small).plan().fits
 
 
 def test_several_together_where_one_is_not_enough() -> None:
