@@ -131,6 +131,30 @@ def test_a_described_machine_can_be_measured_instead() -> None:
     assert machine_of("hardware=laptop_4gb", "hardware.rates=null", "hardware.device_type=cpu").rates is RATES
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["hardware=rtx4090", "hardware.rates=null"], r"hardware=rtx4090 gives no rates, .*CUDA cannot be used .*=cpu"),
+        (["hardware.device_type=cuda"], "hardware=auto gives no rates, so its device .'cuda'. would be measured here"),
+        (["hardware.device_type=gpu"], "`hardware.device_type` must be 'cuda' or 'cpu', got 'gpu'"),
+    ],
+)
+def test_a_device_that_is_not_here_cannot_be_measured(
+    overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=said):
+        machine_of(*overrides)
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:-1", "cuda:x"])
+def test_a_device_beyond_those_here_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"device='{device}' of hardware=auto is not here: cuda:0 to cuda:1 are"):
+        machine_from({"name": "auto"}, device)
+
+
 @pytest.mark.parametrize("setting", ["max_device_gib", "max_host_gib"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "4", True])
 def test_what_is_no_size_is_refused_by_name(setting: str, value: Any) -> None:

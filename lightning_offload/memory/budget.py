@@ -276,20 +276,37 @@ def machine_from(hardware: Mapping[str, Any], device: torch.device | str | None 
             looked at where the file describes a machine.
 
     Raises:
-        ValueError: A description that is not complete, or not of a machine.
+        ValueError: A description that is not complete, or not of a machine; a device that is not here.
     """
     given = {key: value for key, value in hardware.items() if value is not None and value != "???"}
     name = str(given.get("name", "auto"))
     rates = given.get("rates") or {}
     if any(rate is not None for rate in rates.values()):
         return _described(name, given, Rates.from_mapping(rates, of=f"hardware={name}"))
-    device = device or given.get("device_type") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _here(device or given.get("device_type") or ("cuda" if torch.cuda.is_available() else "cpu"), name)
     machine = Machine.detect(device)
     machine = replace(machine, name=name, rates=Rates.cached(machine, device))
     return machine.capped(
         device_bytes=_bytes("hardware.device_gib", given["device_gib"]) if "device_gib" in given else None,
         host_bytes=_bytes("hardware.host_gib", given["host_gib"]) if "host_gib" in given else None,
     )
+
+
+def _here(asked: torch.device | str, name: str) -> torch.device:
+    """The device, before CUDA is asked anything: it would answer with errors of its own."""
+    kind, _, index = str(asked).partition(":")
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"`hardware.device_type` must be 'cuda' or 'cpu', got {str(asked)!r}")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and not there:
+        raise ValueError(
+            f"hardware={name} gives no rates, so its device ({str(asked)!r}) would be measured here, where CUDA cannot "
+            f"be used (torch {torch.__version__}); give all rates, as the files of conf/hardware do, or use "
+            "hardware=cpu (`lightning-offload doctor` says what is missing)"
+        )
+    if kind == "cuda" and index and not (index.isdecimal() and int(index) < there):
+        raise ValueError(f"device={str(asked)!r} of hardware={name} is not here: cuda:0 to cuda:{there - 1} are")
+    return torch.device(asked)
 
 
 def _described(name: str, given: Mapping[str, Any], rates: Rates) -> Machine:

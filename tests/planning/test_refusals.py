@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from transformers.utils import import_utils
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.memory.budget import GIB
+from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.twin import TwinError
 from lightning_offload.planning import Plan, plan
 from tests.helpers import VOCAB
 from tests.lit import Lit
-from tests.planning.machines import cpu
+from tests.planning.machines import cpu, gpu
 
 HERE = "planning/test_refusals.py:"
 
@@ -69,6 +73,11 @@ class Breaks(Plain):
         raise ZeroDivisionError("a bug of the user")
 
 
+class LateLayers(L.LightningModule):
+    def configure_model(self) -> None:
+        self.net = nn.Linear(2, 2)
+
+
 class LossInDict(Plain):
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         return {"loss": self.net.loss(batch), "note": "fine"}
@@ -94,8 +103,8 @@ def planned(module: nn.Module, **settings: Any) -> Plan:
         (Numpy, TwinError, ["Numpy cannot be planned", HERE, "numpy"]),
         (ShapeOfValues, TwinError, ["ShapeOfValues cannot be planned", HERE, "shape '[8, -1]'"]),
         (Breaks, TwinError, ["Breaks cannot be planned", HERE, "a bug of the user"]),
-        (Nothing, OffloadError, ["Nothing gave NoneType, no scalar loss"]),
-        (NoLossInDict, OffloadError, ["NoLossInDict gave dict, no scalar loss"]),
+        (Nothing, OffloadError, ["Nothing gave NoneType, no "]),
+        (NoLossInDict, OffloadError, ["NoLossInDict gave dict, no "]),
         (ManualByHand, OffloadError, ["ManualByHand optimizes manually"]),
     ],
 )
@@ -144,6 +153,16 @@ def test_optimizers_that_need_the_trainer_are_passed() -> None:
         (Plain, {"accumulate_grad_batches": 2.5}, "`accumulate_grad_batches` must be an integer >= 1, got 2.5"),
         (Plain, {"gradient_clip_val": -1.0}, "`gradient_clip_val` must be a number >= 0, or None, got -1.0"),
         (Plain, {"gradient_clip_algorithm": "nrom"}, "`gradient_clip_algorithm` must be 'norm' or 'value', got 'nrom'"),
+        (Plain, {"gradient_clip_val": "a"}, "`gradient_clip_val` must be a number >= 0, or None, got 'a'"),
+        (Plain, {"settings": {"pin_memory": False}}, "`settings` must be FullSettings.*, or None, got {'pin_memory'"),
+        (Plain, {"optimizer": torch.optim.AdamW}, "`optimizer` must be a torch.optim.Optimizer, .*pass an instance"),
+        (Plain, {"hardware": replace(cpu(), rates=None)}, "Machine without rates .'a cpu'.; pass hardware='auto'"),
+        (
+            lambda: nn.Sequential(nn.LazyLinear(3)),
+            {},
+            r"without a shape yet \(lazy\): 0.weight, 0.bias; run one",
+        ),
+        (LateLayers, {}, r"LateLayers. has no parameters.*`module.configure_model\(\)` first"),
         (lambda: Plain, {}, "`module` must be a torch.nn.Module"),
         (lambda: Plain().requires_grad_(False), {}, "no parameter with requires_grad=True: nothing to train"),
         (
@@ -156,6 +175,36 @@ def test_optimizers_that_need_the_trainer_are_passed() -> None:
 def test_what_cannot_be_asked_is_named(make: Callable[[], Any], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         planned(make(), **settings)
+
+
+def test_the_caps_of_a_run_are_those_of_its_plan() -> None:
+    free = planned(Plain(), hardware=gpu(), settings=FullSettings(min_numel=1))
+    caps = FullSettings(min_numel=1, max_device_gib=0.51, max_host_gib=1e-5)
+    small = planned(Plain(), hardware=gpu(), settings=caps)
+    assert free.fits
+    assert not small.device.fits
+    assert not small.host.fits
+    assert (small.device.limit_bytes, small.host.limit_bytes) == (int(0.51 * GIB), int(1e-5 * GIB))
+    assert "no effect" not in str(small)
+
+
+def test_a_device_cap_on_the_cpu_is_said_to_have_no_effect() -> None:
+    capped = planned(Plain(), settings=FullSettings(max_device_gib=1.0))
+    assert [note for note in capped.notes if "no effect" in note] == [
+        "`max_device_gib=1` (`hardware.device_gib`) has no effect: the CPU is the device, and its memory is the host's "
+        "(`max_host_gib`, `hardware.host_gib`)"
+    ]
+    assert replace(capped, notes=()).device == planned(Plain()).device
+
+
+def test_methods_that_a_model_cannot_have_are_left_out_of_a_comparison() -> None:
+    module = Plain()
+    rmsprop = torch.optim.RMSprop(module.parameters())
+    compared = planned(module, method="none", optimizer=rmsprop, compare=True)
+    assert compared.others == ()
+    said = [note for note in compared.notes if "cannot be compared" in note]
+    assert [note.split(": ")[0] for note in said] == [f"{m} cannot be compared" for m in ("zero-offload", "full")]
+    assert all("RMSprop" in note for note in said)
 
 
 @pytest.mark.parametrize("kind", [Plain, Unique, Breaks])
