@@ -47,8 +47,8 @@ def plan_of_run(cfg: DictConfig, trainer: L.Trainer, model: Any, batch: Any, opt
             optimizer=optimizer(list(model.parameters())) if optimizer else None,
             **_how(cfg),
         )
-    except OffloadError as error:
-        print(f"no plan: {error}")
+    except Exception as error:  # the run can do without
+        print(f"no plan: {error if isinstance(error, OffloadError) else f'{type(error).__name__}: {error}'}")
         return None
     print(f"\n{report(made, brief=True)}\n(what takes it: lightning-offload plan, with the same arguments)\n")
     return made

@@ -25,20 +25,24 @@ from lightning_offload.memory.rates import Rates
 
 
 class VirtualMemory(HostMemory):
-    """Host memory that is counted and never mapped."""
+    """Host memory that is counted and never mapped; locked in the order of the real one, while the budget lasts."""
 
-    def __init__(self) -> None:
+    def __init__(self, lockable_bytes: int) -> None:
         super().__init__(pin=False)
+        self._left_bytes = lockable_bytes
         self._usage: dict[str, Usage] = {}
 
-    def count(self, name: str, sizes: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> None:
-        """Count the region that ``host_buffers`` would make."""
+    def count(self, name: str, sizes: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> bool:
+        """Count the region that ``host_buffers`` would make; whether it would be page-locked."""
         assert name not in self._usage, f"two regions are called {name!r}"
         mapped = aligned(region_bytes((size, dtype) for size in sizes), mmap.PAGESIZE)
-        self._usage[name] = Usage(sum(sizes) * dtype.itemsize, mapped, mapped if pinned else 0)
+        locked = mapped if pinned and mapped <= self._left_bytes else 0
+        self._left_bytes -= locked
+        self._usage[name] = Usage(sum(sizes) * dtype.itemsize, mapped, locked)
+        return bool(locked) or not mapped
 
     def report(self) -> HostReport:
-        """What a real run would report, everything pinned that is asked to be."""
+        """What a real run would report."""
         kept = self._usage.values()
         return HostReport(
             sum(usage.requested_bytes for usage in kept),
@@ -122,29 +126,34 @@ class VirtualLanes:
     Attributes:
         now_s: The clock of the compute lane.
         asked: What was submitted so far, per lane and kind; the ledger knows an operation once its time has come.
-        device_bytes: Engine buffers made on the device.
 
     Args:
         machine: What is imitated; its rates are needed.
         counting_as: Context in which buffers are made: "slots" on the device; ``None`` in host memory, which whoever
             counts device memory leaves out.
+        pin: Whether host memory is page-locked, as far as the machine allows.
 
     Raises:
         ValueError: A machine without rates.
     """
 
     def __init__(
-        self, machine: Machine, counting_as: Callable[[str | None], AbstractContextManager[object]] = nullcontext
+        self,
+        machine: Machine,
+        counting_as: Callable[[str | None], AbstractContextManager[object]] = nullcontext,
+        *,
+        pin: bool = True,
     ) -> None:
         if machine.rates is None:
             raise ValueError(f"`Machine(name={machine.name!r})` has no rates; give them, or let them be measured")
         self.device = torch.device("cpu")
         self.shares_memory = machine.device_type == "cpu"
-        self.memory: HostMemory = VirtualMemory()
+        self._memory = VirtualMemory(machine.lockable_bytes if pin and not self.shares_memory else 0)
+        self.memory: HostMemory = self._memory
+        self._pageable: set[int] = set()  # storages of buffers that are not page-locked
         self.ledger = Ledger()
         self.now_s = 0.0
         self.asked: dict[tuple[str, str], Total] = {}
-        self.device_bytes = 0
         self._rates: Rates = machine.rates
         self._counting_as = counting_as
         self._queues = {lane: _Queue(fifo=lane == "d2h") for lane in ("d2h", "h2d", "host")}
@@ -154,13 +163,14 @@ class VirtualLanes:
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """See ``Lanes.buffers``; to be called in the fake mode of the run."""
         if place == "device":
-            self.device_bytes += sum(sizes) * dtype.itemsize
             with self._counting_as("slots"):
                 return [torch.empty(size, dtype=dtype, device=self.device) for size in sizes]
-        assert isinstance(self.memory, VirtualMemory)
-        self.memory.count(name, sizes, dtype, pinned=place == "pinned" and not self.shares_memory)
+        locked = self._memory.count(name, sizes, dtype, pinned=place == "pinned")
         with self._counting_as(None):
-            return [torch.empty(size, dtype=dtype, device=self.device) for size in sizes]
+            made = [torch.empty(size, dtype=dtype, device=self.device) for size in sizes]
+        if not locked:
+            self._pageable.update(tensor.untyped_storage()._cdata for tensor in made)
+        return made
 
     def watch(self, name: str, tensor: Tensor) -> None:
         """See ``Lanes.watch``."""
@@ -180,8 +190,13 @@ class VirtualLanes:
         priority: int = 0,
         tag: str = "",
     ) -> Event:
-        """See ``Lanes.copy``."""
+        """See ``Lanes.copy``. Between pageable memory and the device the host's worker does it."""
         size = nbytes(dst)
+        on_host = src if lane == "h2d" else dst
+        if not self.shares_memory and any(t.untyped_storage()._cdata in self._pageable for t in on_host):
+            self.asked.setdefault((lane, tag), Total()).add(size, 0.0)
+            seconds = size / self._rates.pageable_gb_per_s / 1e9
+            return self._submit("host", f"{tag} pageable", 0, seconds, after, priority)
         rate = self._rates.h2d_gb_per_s if lane == "h2d" else self._rates.d2h_gb_per_s
         return self._submit(lane, tag, size, size / rate / 1e9, after, priority)
 

@@ -12,6 +12,7 @@ from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.twin import explaining
 from lightning_offload.methods.uses import Uses
 
 
@@ -131,8 +132,7 @@ class NativeDriver:
         self._trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for parameter in self._trained:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
+        self._update()
         for unit in self.units:
             for entry in unit.entry_modules:
                 entry.register_forward_pre_hook(self._entering(unit.index))
@@ -158,8 +158,7 @@ class NativeDriver:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip.value)
         elif self._clip is not None:
             torch.nn.utils.clip_grad_value_(self._trained, self._clip.value)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._update()
         self._lanes.mark("")
 
     def flush(self) -> None:
@@ -167,6 +166,11 @@ class NativeDriver:
 
     def unhook(self) -> None:
         """See ``Driver.unhook``: it has hung none on parameters."""
+
+    def _update(self) -> None:
+        with explaining(type(self._optimizer).__name__, "Pass `optimizer=torch.optim.AdamW(...)` to plan without it."):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
 
     def _entering(self, unit: int) -> Callable[..., None]:
         return lambda *_: self.enter(unit, recomputed=torch._C._current_graph_task_id() != -1)

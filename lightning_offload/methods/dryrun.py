@@ -116,6 +116,7 @@ class DryRun:
         batch: One micro-batch, fake.
         micro_batches: How many make a step.
         context: What a forward runs in.
+        pin: Whether host memory is page-locked, as far as the machine allows.
 
     Raises:
         TwinError: The step cannot be run on fake tensors.
@@ -131,6 +132,7 @@ class DryRun:
         batch: Any,
         micro_batches: int = 1,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pin: bool = True,
     ) -> None:
         self._twin, self._step, self._batch, self._context = twin, step, batch, context
         self._micro_batches = micro_batches
@@ -139,7 +141,7 @@ class DryRun:
         self._compute_s = 0.0
         self._seen_block = False
         self.meter = TwinMeter(self._work)
-        self.lanes = VirtualLanes(machine, self.meter.counting_as)
+        self.lanes = VirtualLanes(machine, self.meter.counting_as, pin=pin)
         self.tapes: list[Tape] = []
         self._hooks: list[RemovableHandle] = []
         self._recording: Tape | None = None
@@ -154,6 +156,7 @@ class DryRun:
             for parameter in self._parameters.values():
                 if parameter.requires_grad:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._resume))
+            self._in_blocks = {name for unit in self.driver.units if unit.is_block for name in unit.parameters}
             for unit in self.driver.units:
                 for module in unit.entry_modules:
                     module.register_forward_pre_hook(self._entry_cue(unit), prepend=True)
@@ -213,7 +216,7 @@ class DryRun:
         tape = self._recording = self._tape = Tape()
         self._seen_block = False
         self.meter.kind = "activations"
-        with explaining(self._twin.module):
+        with explaining(type(self._twin.module).__name__, _OWN_STEP):
             with self._context(), self.driver.micro_batch(last=last):
                 loss = self._step(self._twin.module, self._batch) / self._micro_batches
             tape.is_backward = True
@@ -235,6 +238,8 @@ class DryRun:
                 self._tape = None
                 assert parameter.grad is not None
                 self.meter.hold(parameter.grad, "gradients")
+                if name in self._in_blocks:  # backward has come to the blocks
+                    self.meter.kind = "activations"
 
         return hook
 
@@ -292,6 +297,9 @@ class DryRun:
         with pretending(), warnings.catch_warnings(), self._twin.mode, self.meter:
             warnings.simplefilter("ignore")
             yield
+
+
+_OWN_STEP = "Pass `step=`, a function (module, batch) -> loss that leaves this out."
 
 
 def costs(machine: Machine) -> Callable[[Work], float]:

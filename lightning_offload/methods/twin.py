@@ -55,18 +55,45 @@ class TwinMeter(Meter):
     def __init__(self, on_work: Any = None) -> None:
         super().__init__(on_work)
         self.reads: dict[HostRead, int] = {}
+        self._doubts: set[int] = set()  # storages of single truth values that ask for what is wrong
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _INDEXED:
+            args = (args[0], _without_masks(args[1]), *args[2:])
         answer = _ANSWERS.get(func)
         if answer is None or not isinstance(args[0], Tensor):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            made = super().__torch_dispatch__(func, types, args, kwargs)
+            self._doubt(func, args, made)
+            return made
         value = answer(*args, **(kwargs or {}))
+        if value is True and args[0].untyped_storage()._cdata in self._doubts:
+            value = False
         shown = f"{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         read = HostRead(func._overloadpacket.__name__.lstrip("_"), _model_line(), shown)
         self.reads[read] = self.reads.get(read, 0) + 1
         return value
+
+    def _doubt(self, func: Any, args: tuple[Any, ...], made: Any) -> None:
+        """Remember what asks whether something is wrong: ``any``, ``isnan``, ``isinf``; it is not."""
+        if not isinstance(made, Tensor) or made.dtype is not torch.bool or made.numel() != 1:
+            return
+        differs_from_itself = func is aten.ne.Tensor and args[0] is args[1]  # how torch spells isnan
+        key = made.untyped_storage()._cdata
+        if differs_from_itself or func._overloadpacket in (aten.any, aten.isnan, aten.isinf):
+            self._doubts.add(key)
+        else:
+            self._doubts.discard(key)
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """Masks as the positions they select: at most all of them."""
+    plain: list[Any] = []
+    for index in indices:
+        mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+        plain += list(_nonzero(index).unbind(1)) if mask else [index]
+    return plain
 
 
 def _scalar(tensor: Tensor) -> bool | int | float:
@@ -89,6 +116,16 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.masked_select.default: _masked_select,
     aten.equal.default: lambda *_: True,
 }
+
+
+_INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+}
+"""Their second argument may hold masks, of which nobody knows how much they select."""
 
 
 class Twin:
@@ -175,17 +212,17 @@ def forward_context(precision: str) -> Callable[[], AbstractContextManager[None]
 
 
 @contextmanager
-def explaining(module: nn.Module) -> Iterator[None]:
-    """Turn what goes wrong on fake tensors into an error that says where, and what to pass instead."""
+def explaining(what: str, way_out: str) -> Iterator[None]:
+    """Turn what goes wrong on fake tensors into an error that says where, and what to do instead."""
     try:
         yield
     except OffloadError:
         raise
     except Exception as error:
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TwinError(
-            f"{type(module).__name__} cannot be planned: its step does not run on tensors without values "
-            f"({_line_of(error)}: {what}). Pass `step=`, a function (module, batch) -> loss that leaves this out."
+            f"{what} cannot be planned: it does not run on tensors without values ({_line_of(error)}: {said}). "
+            f"{way_out}"
         ) from error
 
 
@@ -208,12 +245,12 @@ def _mute(module: nn.Module) -> None:
     if any(base.__module__.partition(".")[0] == "torchmetrics" for base in type(module).__mro__):
         for name in ("forward", "update", "compute", "reset"):
             setattr(module, name, lambda *_, **__: torch.zeros(()))
-    for name in ("log", "log_dict"):
+    for name in ("log", "log_dict", "print"):
         if callable(getattr(module, name, None)) and hasattr(module, "log_dict"):
             setattr(module, name, lambda *_, **__: None)
 
 
-_OURS = ("/torch/", "/lightning_offload/methods/", "/lightning_offload/memory/")
+_OURS = ("/torch/", "/lightning/", "/pytorch_lightning/", "/lightning_offload/methods/", "/lightning_offload/memory/")
 
 
 def _model_line() -> str:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_offload.errors import OffloadError
 from lightning_offload.memory.allocator import MIB, replay
 from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
@@ -25,8 +24,9 @@ from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver
 from lightning_offload.methods.dryrun import DryRun, Timing
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
-from lightning_offload.methods.twin import Step, Twin, forward_context, pretending
+from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
 from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
+from lightning_offload.planning.steps import optimizer_of, own_step
 from lightning_offload.planning.words import count, seconds
 from lightning_offload.timeline import LaneUse
 
@@ -98,7 +98,7 @@ class Dry:
             _enable_checkpointing(twin.module)
         if scenario.loss_chunk_tokens is not None:
             twin.module.loss_chunk_tokens = scenario.loss_chunk_tokens  # type: ignore[assignment]
-        optimizer = _optimizer(scenario, twin)
+        optimizer = optimizer_of(twin, scenario.optimizer)
         method = Full(scenario.settings)
         self.notes: list[str] = []
         units = partition(twin.module, scenario.settings.blocks)
@@ -118,10 +118,11 @@ class Dry:
             twin,
             attach,
             scenario.machine,
-            step=scenario.step or _own_step(scenario.module),
+            step=scenario.step or own_step(scenario.module),
             batch=twin.batch(scenario.batch, dtypes.compute),
             micro_batches=scenario.micro_batches,
             context=forward_context(scenario.precision),
+            pin=method.settings.pin_memory is not False,
         )
         self.run.record()
         self.parameters = sum(p.numel() for p in twin.module.parameters())
@@ -243,7 +244,7 @@ class Dry:
         first_block = next((at for at, unit in enumerate(units) if unit.is_block), len(units))
         sums: Counter[str] = Counter()
         for at, unit in enumerate(units):
-            kind = "blocks" if unit.is_block else "embeddings" if at < first_block else "head, final norm"
+            kind = "blocks" if unit.is_block else _OUTSIDE[at > first_block]
             sums[f"weights: {kind}"] += sum(p.nbytes for p in unit.parameters.values())
         return dict(sums)
 
@@ -301,65 +302,6 @@ def _enable_checkpointing(module: nn.Module) -> None:
     recompute_blocks(next(p for p in module.modules() if getattr(p, "supports_gradient_checkpointing", False)))
 
 
-def _optimizer(scenario: Scenario, twin: Twin) -> torch.optim.Optimizer:
-    """The one that was given, the module's own, or AdamW."""
-    if scenario.optimizer is not None:
-        return twin.optimizer(scenario.optimizer)
-    configure = getattr(twin.module, "configure_optimizers", None)
-    if not callable(configure):
-        return torch.optim.AdamW([p for p in twin.module.parameters() if p.requires_grad], fused=True)
-    with pretending(), twin.mode:
-        try:
-            made = configure()
-        except Exception as error:
-            raise OffloadError(
-                f"`configure_optimizers` of {type(scenario.module).__name__} cannot be asked before the Trainer runs "
-                f"({error}). Pass `optimizer=`, built from the module's parameters."
-            ) from error
-    while isinstance(made, (list, tuple)) and made:
-        made = made[0]
-    made = made.get("optimizer") if isinstance(made, Mapping) else made
-    if not isinstance(made, torch.optim.Optimizer):
-        raise OffloadError(f"`configure_optimizers` returned {made!r}, no optimizer. Pass `optimizer=`.")
-    return made
-
-
-def _own_step(module: nn.Module) -> Step:
-    """How the module itself makes a loss of a batch.
-
-    Raises:
-        OffloadError: It does not say.
-    """
-    name = type(module).__name__
-    if callable(getattr(module, "training_step", None)):
-        if getattr(module, "automatic_optimization", True):
-            return lambda twin, batch: _loss(twin.training_step(batch, 0), name)  # type: ignore[operator]
-        if callable(getattr(module, "offload_step", None)):  # OffloadMixin
-            return lambda twin, batch: _loss(twin.loss(batch, 0), name)  # type: ignore[operator]
-        raise OffloadError(
-            f"{name} optimizes manually, so its `training_step` steps by itself. Pass `step=`, a function "
-            "(module, batch) -> loss of one micro-batch."
-        )
-
-    def call(twin: nn.Module, batch: Any) -> Tensor:
-        output = twin(**batch) if isinstance(batch, Mapping) else twin(batch)
-        return _loss(output, name)
-
-    return call
-
-
-def _loss(output: Any, name: str) -> Tensor:
-    if isinstance(output, Mapping) and "loss" in output:
-        output = output["loss"]
-    output = getattr(output, "loss", output)
-    if isinstance(output, Tensor) and output.numel() == 1:
-        return output
-    raise OffloadError(
-        f"a step of {name} gave {type(output).__name__}, no scalar loss. Pass `step=`, a function (module, batch) -> "
-        "loss."
-    )
-
-
 def _count(batch: Any) -> tuple[int, str]:
     """Tokens of a batch, or its samples."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
@@ -368,12 +310,22 @@ def _count(batch: Any) -> tuple[int, str]:
     return (1 if first is None else first.shape[0]), "samples"
 
 
+_OUTSIDE = ("before the blocks (embeddings)", "after the blocks (head)")
+"""Where a unit that is no block stands; of a model without blocks all are before them."""
+
+
+def _sizes(read: HostRead) -> str:
+    return "; pass `step=` if sizes depend on it" if read.answer == "1" else ""
+
+
 def _notes(run: DryRun, machine: Machine) -> list[str]:
     """What is unusual about the model, and what costs a wait."""
     uses = run.driver.uses
     blocks = {unit.name for unit in run.driver.units if unit.is_block}
-    reads = run.meter.reads if machine.device_type != "cpu" else []
-    notes = [f"a step waits for the device at {r.where} ({r.what})" for r in reads]
+    waits = "a value is read" if machine.device_type == "cpu" else "a step waits for the device"
+    # a truth value changes nothing on a CPU; what may be a size does
+    reads = [r for r in run.meter.reads if machine.device_type != "cpu" or r.answer not in ("True", "False", "1.0")]
+    notes = [f"{waits} at {r.where} ({r.what}), taken as {r.answer}{_sizes(r)}" for r in reads]
     notes += [f"`{name}` is used outside its module's call; it is waited for early" for name in uses.functional]
     notes += [f"`{name}` is tied: also used in `{', '.join(users)}`" for name, users in uses.users.items()]
     # a head that takes a long sequence in pieces is nothing unusual

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -172,3 +172,53 @@ def test_values_are_answered_only_for_tensors() -> None:
         assert torch.equal(torch.zeros(2), torch.zeros(2))
         assert torch.ones(2, 3).masked_select(torch.ones(3, dtype=torch.bool)).shape == (6,)
     assert len(meter.reads) == 3
+
+
+class Asks(nn.Module):
+    """A step that decides by values."""
+
+    def __init__(self, ask: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.ask = nn.Linear(4, 4), ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ask(self.net, x)
+
+
+def nothing_wrong(net: nn.Module, x: Tensor) -> Tensor:
+    loss = net(x).square().mean()
+    if torch.isnan(loss) or torch.isinf(loss) or torch.isnan(x).any() or (x > 1e9).any():
+        raise FloatingPointError("the loss is not finite")
+    if not torch.isfinite(loss) or not torch.isfinite(x).all():
+        raise FloatingPointError("not finite")
+    return loss
+
+
+def test_nothing_is_wrong_with_values_that_nobody_has() -> None:
+    assert plan(Asks(nothing_wrong), torch.randn(2, 4), hardware=cpu()).fits
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_mask_selects_at_most_everything(assign: bool) -> None:
+    def masked(net: nn.Module, x: Tensor) -> Tensor:
+        out = net(x)
+        rows = x[:, 0] > 0
+        if assign:
+            out = out.clone()
+            out[rows] = 0.0
+            return out.mean()
+        return out[rows].mean()
+
+    dry = Dry(Scenario(Asks(masked), torch.randn(6, 4), cpu()))
+    assert dry.run.flops == 3 * 2 * 6 * 4 * 4 - 2 * 6 * 4 * 4  # forward, and the weight's gradient
+    assert dry.timing.step_s > 0
+
+
+def test_a_size_that_is_a_value_is_said_on_a_cpu_too() -> None:
+    def cut(net: nn.Module, x: Tensor) -> Tensor:
+        length = int((x[:, 0] > 0).sum().item())
+        return net(x[:length]).mean()
+
+    (note,) = [note for note in plan(Asks(cut), torch.randn(6, 4), hardware=cpu()).notes if "taken as" in note]
+    assert "taken as 1; pass `step=` if sizes depend on it" in note
+    assert "test_twin.py:" in note
