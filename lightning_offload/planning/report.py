@@ -18,12 +18,17 @@ from lightning_offload.planning.words import (
 )
 
 _LANES = {
-    "compute": "forward and backward",
+    "compute": "forward, backward, steps on device",
     "d2h": "gradients, device to host",
     "host": "the host's optimizer step",
     "h2d": "weights, host to device",
 }
-_ON_CPU = {**_LANES, "d2h": "copies of gradients", "host": "optimizer step", "h2d": "copies of weights"}
+_ON_CPU = {
+    "compute": "forward, backward, steps in place",
+    "d2h": "copies of gradients",
+    "host": "optimizer step",
+    "h2d": "copies of weights",
+}
 _WIDTH, _LABEL = 110, 13
 _SMALL = 0.005  # share below which a row tells nothing
 
@@ -122,6 +127,15 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield f"  {kind:<36} {in_unit(nbytes, unit):>9} {100 * nbytes / memory.bytes:>9.0f} %"
     if plan.pinned.bytes:
         yield f"  {'page-locked of it':<36} {in_unit(plan.pinned.bytes, unit):>9}"
+    if _copies_pageable(plan):
+        most = "" if plan.pinned.limit_bytes is None else f" ({size(plan.pinned.limit_bytes)} at most)"
+        yield f"  not all that is copied is page-locked{most}: the host's worker copies the rest, slower"
+
+
+def _copies_pageable(plan: Plan) -> bool:
+    """Whether the host's worker has copies to make beside its steps."""
+    by_worker = any(span.lane == "host" and span.kind.endswith(" pageable") for span in plan.spans)
+    return by_worker or not plan.pinned.fits
 
 
 def _telling(holds: Mapping[str, int]) -> Iterator[tuple[str, int]]:
@@ -140,7 +154,9 @@ def _time(plan: Plan) -> Iterator[str]:
         use = plan.lanes.get(lane)
         if use is None or not use.busy_s:
             continue
-        moved = f"   {gigabytes(use.bytes)}{' of host memory' if lane == 'host' else ''}" if use.bytes else ""
+        moved = (
+            f"   {gigabytes(use.bytes)}{' moved through host memory' if lane == 'host' else ''}" if use.bytes else ""
+        )
         yield f"  {label:<36} {seconds(use.busy_s):>13} {100 * use.busy_s / plan.step_s:>5.0f} %{moved}"
 
 

@@ -43,8 +43,8 @@ class Advice:
     """Changes that make a plan fit.
 
     Attributes:
-        changes: In words, each with how to say it on the command line.
-        overrides: For the command line; of the environment, before it.
+        changes: In words.
+        overrides: The same, each as the command line says it; what is of the environment comes before the command.
         device_bytes_saved: On the device, beside the plan as asked for.
         host_bytes_saved: In host memory.
         step_s: What a step then takes.
@@ -65,7 +65,7 @@ class Plan:
         model: Class and size.
         method: Name of the method.
         precision: Lightning's name of it.
-        hardware: Name of the machine, and its device.
+        hardware: Name of the hardware file, or of the device that was found.
         parameters: How many there are.
         trained: How many of them are trained.
         micro_batches: Per step.

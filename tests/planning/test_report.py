@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_offload.memory.ledger import Span
 from lightning_offload.planning import words
 from lightning_offload.planning.report import report
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Memory, Plan
@@ -93,6 +94,26 @@ def test_a_cpu_has_one_memory_and_no_link() -> None:
     assert "4.00 of 16.00 GiB memory" in text
     for word in ("device", THE_RUN_ITSELF, "page-locked", "no schedule", "to host"):
         assert word not in text, word
+
+
+@pytest.mark.parametrize("method", ["none", "full"])
+def test_compute_is_whatever_the_device_does_and_traffic_is_no_capacity(method: str) -> None:
+    lines = [" ".join(line.split()) for line in report(made(method=method)).splitlines()]
+    assert "forward, backward, steps on device 500 ms 10 %" in lines
+    assert "the host's optimizer step 4.25 s 85 % 320 GB moved through host memory" in lines
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pinned": Memory({"wire and rings": 15 * GIB}, GIB)},
+        {"pinned": Memory({}, GIB), "spans": (Span("host", "gradients pageable", 0, 0.0, 0.1),)},
+    ],
+)
+def test_what_cannot_be_page_locked_is_said(changed: dict[str, Any]) -> None:
+    said = "  not all that is copied is page-locked (1.00 GiB at most): the host's worker copies the rest, slower"
+    assert said in report(made(**changed)).splitlines()
+    assert "not all that is copied" not in report(made(spans=(Span("host", "step", 0, 0.0, 0.1),)))
 
 
 def test_what_is_missing_and_the_way_out_come_before_the_tables() -> None:
