@@ -230,6 +230,8 @@ def test_plan_and_trace_are_switched_off(run, own, capsys) -> None:
         ),
         ("plan {shape} model.config.model_type=nope", "nope"),
         ("plan +foo=1", "no key 'foo'"),
+        ("plan model=gpt2 data.sequence_length=1025", "1,025 is more than the model's 1,024 positions"),
+        ("plan model=opt_125m data.sequence_length=2049", "2,049 is more than the model's 2,048 positions"),
         ("doctor device=tpu", "tpu"),
         ("bench sections=[nothing]", "nothing"),
     ],
