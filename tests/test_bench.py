@@ -30,11 +30,14 @@ from lightning_offload.bench import (
     simulated,
 )
 from lightning_offload.bench.arms import ARMS, METHODS, NATIVE, Arm, state_bytes
-from lightning_offload.bench.bounds import Counts, full_bound_s
+from lightning_offload.bench.bounds import BYTES_FUSED, Counts, full_bound_s
 from lightning_offload.bench.measure import CannotRun, Spread, ratio, round_robin
 from lightning_offload.bench.training import Workload, compare, take_turn
+from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.rates import Rates
-from lightning_offload.text import CausalLM
+from lightning_offload.methods.full import FullSettings
+from lightning_offload.planning import plan
+from lightning_offload.text import CausalLM, batch_by_shape
 from tests.zoo import VOCAB
 
 TINY = {
@@ -299,6 +302,28 @@ def test_experts_count_as_far_as_a_token_takes_them() -> None:
 )
 def test_the_bound_of_full_is_the_longest_way_through_its_lanes(counts: Counts, bound_s: float) -> None:
     assert full_bound_s(counts, RATES) == pytest.approx(bound_s)
+
+
+@pytest.mark.parametrize(
+    "slow", [{"fp32_tflops": 1e-3}, {"host_gb_per_s": 1e-3}, {"h2d_gb_per_s": 1e-4}, {"d2h_gb_per_s": 1e-4}]
+)
+def test_the_bound_of_full_is_that_of_a_plan_but_for_what_it_does_not_count(slow: dict[str, float]) -> None:
+    fast = {"device_gb_per_s": 1e9, "h2d_gb_per_s": 1e6, "d2h_gb_per_s": 1e6, "host_gb_per_s": 1e6, "op_us": 1e-9}
+    rates = replace(RATES, **{**fast, "fp32_tflops": 1e-2, **slow})  # elementwise operations and launches take no time
+    machine = Machine.described(
+        name="a gpu", device_type="cuda", device_gib=24, host_gib=64, cores=8, rates=replace(rates, duplex=1.0)
+    )
+    with torch.device("meta"):
+        model = CausalLM(config=TINY, init="random")
+    counts = Counts.of(model.network, batch=2, length=16, recompute=False, wire_bytes=4)
+    planned = plan(model, batch_by_shape(2, 16, VOCAB), hardware=machine, settings=FullSettings(min_numel=1))
+    assert planned.lanes["host"].bytes == BYTES_FUSED * counts.parameters
+    after = planned.flops - counts.forward_flops - counts.backward_flops  # attention to the tokens after, masked
+    whole = replace(
+        counts, forward_flops=counts.forward_flops + after / 3, backward_flops=counts.backward_flops + 2 * after / 3
+    )
+    assert 0 < after < 0.04 * planned.flops
+    assert planned.bound_s == pytest.approx(full_bound_s(whole, rates), rel=1e-3)
 
 
 @pytest.mark.parametrize(

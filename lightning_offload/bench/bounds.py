@@ -56,14 +56,15 @@ class Counts:
 
 
 def full_bound_s(counts: Counts, rates: Rates) -> float:
-    """Bound of ``full`` in seconds: ``T_bwd + max(T_fwd, T_host)``, and no lane less than its own work.
+    """Bound of ``full`` in seconds: ``T_bwd + max(T_fwd, T_host, T_up)``, and no lane less than its own work.
 
     The host steps when the last norm is known, so after the backward pass; it and the weights on their way up hide
-    under the next forward.
+    under the next forward. A plan's ``bound_s`` adds what is not counted here: elementwise operations, casts, the step
+    of what stays on the device.
     """
     flops_per_s = 1e12 * (rates.bf16_tflops if counts.wire_bytes == 2 else rates.fp32_tflops)
     forward_s, backward_s = counts.forward_flops / flops_per_s, counts.backward_flops / flops_per_s
     host_s = BYTES_FUSED * counts.parameters / (1e9 * rates.host_gb_per_s)
     link_bytes = counts.parameters * counts.wire_bytes
     down_s, up_s = link_bytes / (1e9 * rates.d2h_gb_per_s), link_bytes / (1e9 * rates.h2d_gb_per_s)
-    return max(backward_s + max(forward_s, host_s), down_s, up_s)
+    return max(backward_s + max(forward_s, host_s, up_s), down_s)
