@@ -6,6 +6,7 @@ weights that are too many), and none twice.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,12 @@ LEAST_CHUNK = 128
 
 EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 """Not a key: it goes before the command."""
+
+SMALLEST_BATCHES = 3
+"""How many of the smallest sizes are tried until the model takes one: batch norm refuses a single sample."""
+
+GUESSES = 2
+"""Trials of a micro-batch that follow a straight line; those after them halve what is left."""
 
 SUMS = "sums over micro-batches"
 """Row of host memory."""
@@ -43,6 +50,11 @@ class _Tried:
     plan: Plan
     changes: tuple[_Change, ...] = ()
 
+    @property
+    def fits(self) -> bool:
+        """Whether the plan does."""
+        return self.plan.fits
+
 
 def advise(scenario: Scenario, plan: Plan) -> tuple[Advice, ...]:
     """Changes after which the plan fits, the smallest first: each that is enough alone; where none is, several at once.
@@ -57,17 +69,17 @@ class _Search:
 
     def __init__(self, scenario: Scenario, plan: Plan) -> None:
         self.asked = _Tried(scenario, plan)
-        self._known = {frozenset[str](): self.asked}
+        self._known: dict[frozenset[str], _Tried | None] = {frozenset(): self.asked}
 
     def advice(self) -> tuple[Advice, ...]:
         """See ``advise``."""
         if _is_too_large(self.asked.plan):
             return ()
         alone = [self._expandable(), *(self._alone(propose) for propose in (*_PROPOSALS, _keep_on_device))]
-        enough = [tried for tried in alone if tried is not None and tried.plan.fits]
+        enough = [tried for tried in alone if tried is not None and tried.fits]
         if not enough and (_can_reach(self.asked.plan) or any(propose(self.asked) for propose in _LASTING)):
             together = self._together()
-            enough = [together] if together.plan.fits else []
+            enough = [together] if together.fits else []
         return tuple(self._advice(tried) for tried in enough)
 
     def _expandable(self) -> _Tried | None:
@@ -80,61 +92,66 @@ class _Search:
         return _Tried(self.asked.scenario, replace(plan, device=other), (change,))
 
     def _alone(self, propose: _Proposal) -> _Tried | None:
-        if propose is _smaller_batch:
-            return self._batch(self.asked) if _can_reach(self.asked.plan) else None
-        change = propose(self.asked)
-        if change is None or (propose in _TRANSIENT_ONLY and not _can_reach(self.asked.plan)):
+        if propose in _TRANSIENT_ONLY and not _can_reach(self.asked.plan):
             return None
-        return self._try([change])
+        if propose is _smaller_batch:
+            return self._batch(self.asked)
+        return next((self._try([change]) for change in propose(self.asked)), None)
 
     def _together(self) -> _Tried:
         """One change after the other until it fits; then without those that were not needed."""
         tried = self.asked
         for propose in _PROPOSALS:
-            change = propose(tried)
-            if change is not None:
-                tried = self._try([*tried.changes, change])
-            if tried.plan.fits:
+            tried = self._also(tried, propose)
+            if tried.fits:
                 break
-        for change in tried.changes[:-1] if tried.plan.fits else ():
+        for change in tried.changes if tried.fits else ():
             tried = self._without(tried, change)
         return tried
 
+    def _also(self, tried: _Tried, propose: _Proposal) -> _Tried:
+        """With this change too, where there is one that the model takes."""
+        made = (self._try([*tried.changes, change]) for change in propose(tried))
+        return next((taken for taken in made if taken is not None), tried)
+
     def _without(self, tried: _Tried, change: _Change) -> _Tried:
-        """The same without this change where it still fits then; with larger micro-batches, where they were halved."""
-        fewer = self._try([other for other in tried.changes if other is not change])
-        if not fewer.plan.fits and change.override.startswith("data."):
-            fewer = self._batch(fewer) or fewer
-        return fewer if fewer.plan.fits else tried
+        """The same without this change where it still fits then; of micro-batches, with the largest that fit."""
+        fewer = self._try([other for other in tried.changes if other.override != change.override])
+        if fewer is not None and not fewer.fits and change.override.startswith("data."):
+            fewer = self._batch(fewer)
+        return fewer if fewer is not None and fewer.fits else tried
 
     def _batch(self, tried: _Tried) -> _Tried | None:
-        """The largest micro-batch that fits and leaves the samples per step as they are."""
-        smallest = _smaller_batch(tried)
-        if smallest is None:
-            return None
-        least = self._try([*tried.changes, smallest])
-        if not least.plan.fits:
-            return None
-        whole = tried.scenario.batch_size
-        most = 1 + (whole - 1) * _missing(least.plan) / (_missing(least.plan) - _missing(tried.plan))  # by a line
-        likely = [size for size in range(2, whole) if whole % size == 0 and size <= most]
-        for size in likely[:-3:-1]:
-            larger = self._try([*tried.changes, _micro_batches(tried.scenario, size)])
-            if larger.plan.fits:
-                return larger
-        return least
+        """The largest micro-batch of ``_sizes`` that fits.
 
-    def _try(self, changes: Sequence[_Change]) -> _Tried:
+        A bisection that begins where memory would suffice if it grew by a straight line: two to five trials of the
+        forty divisors of 40,000. A size that the model refuses (one sample, for batch norm) is too small.
+        """
+        whole, best = tried.scenario.batch_size, None
+        sizes = _sizes(whole)
+        low, high, guess, trials = 0, len(sizes), _likely_size(tried.plan, whole), 0
+        while low < high:
+            at = min(max(bisect_right(sizes, guess) - 1, low), high - 1) if trials < GUESSES else (low + high) // 2
+            made = self._try([*tried.changes, _micro_batches(tried.scenario, sizes[at])])
+            if made is not None and not made.fits:
+                high = at
+            else:
+                low, best = at + 1, made or best
+            guess = guess if made is None else _on_line(made.plan, sizes[at], tried.plan, whole)
+            trials += 1
+        return best
+
+    def _try(self, changes: Sequence[_Change]) -> _Tried | None:
+        """What comes of these changes; ``None`` where the model or its optimizer does not take them."""
         key = frozenset(change.override for change in changes)
         if key not in self._known:
             scenario = self.asked.scenario
             for change in changes:
                 scenario = change.apply(scenario)
             try:
-                plan = Dry(scenario).plan(only_if_it_fits=True)
-            except OffloadError:  # a step that needs several samples, say
-                plan = self.asked.plan
-            self._known[key] = _Tried(scenario, plan, tuple(changes))
+                self._known[key] = _Tried(scenario, Dry(scenario).plan(only_if_it_fits=True), tuple(changes))
+            except (OffloadError, ValueError):
+                self._known[key] = None
         return self._known[key]
 
     def _advice(self, tried: _Tried) -> Advice:
@@ -148,65 +165,87 @@ class _Search:
         )
 
 
-_Proposal = Callable[[_Tried], _Change | None]
+_Proposal = Callable[[_Tried], list[_Change]]
+"""Changes of one kind: the next is for a model that does not take the one before."""
 
 
-def _offload(tried: _Tried) -> _Change | None:
-    if tried.scenario.method != NATIVE:
-        return None
-    words = "optimizer state and masters in host memory"
-    return _Change(words, "method=full", lambda scenario: replace(scenario, method=FULL))
+def _offload(tried: _Tried) -> list[_Change]:
+    """Where the CPU is the device its memory is the host's: nothing is gained."""
+    if tried.scenario.method != NATIVE or tried.scenario.machine.device_type == "cpu":
+        return []
+    words = "optimizer state and masters in host memory (strategy `full_offload`)"
+    return [_Change(words, "method=full", lambda scenario: replace(scenario, method=FULL))]
 
 
-def _checkpoint(tried: _Tried) -> _Change | None:
+def _checkpoint(tried: _Tried) -> list[_Change]:
     scenario = tried.scenario
     if scenario.checkpointing or not has_checkpointing(scenario.module):
-        return None
-    return _Change(
-        "activations computed again in backward",
-        "model.gradient_checkpointing=true",
-        lambda scenario: replace(scenario, checkpointing=True),
-    )
+        return []
+    return [
+        _Change(
+            "activations computed again in backward (gradient checkpointing of the model)",
+            "model.gradient_checkpointing=true",
+            lambda scenario: replace(scenario, checkpointing=True),
+        )
+    ]
 
 
-def _chunked_loss(tried: _Tried) -> _Change | None:
+def _chunked_loss(tried: _Tried) -> list[_Change]:
     """For models that take their loss in chunks, as those of the package do."""
     scenario = tried.scenario
     now = getattr(scenario.module, "loss_chunk_tokens", None) if scenario.step is None else None
     tokens = tried.plan.tokens // scenario.micro_batches
     if now is None or scenario.loss_chunk_tokens is not None or min(now or tokens, tokens) <= LEAST_CHUNK:
-        return None
-    return _Change(
-        f"the loss in chunks of {LEAST_CHUNK} tokens",
-        f"model.loss_chunk_tokens={LEAST_CHUNK}",
-        lambda scenario: replace(scenario, loss_chunk_tokens=LEAST_CHUNK),
-    )
+        return []
+    return [
+        _Change(
+            f"the loss in chunks of {LEAST_CHUNK} tokens (`loss_chunk_tokens` of the model)",
+            f"model.loss_chunk_tokens={LEAST_CHUNK}",
+            lambda scenario: replace(scenario, loss_chunk_tokens=LEAST_CHUNK),
+        )
+    ]
 
 
-def _smaller_batch(tried: _Tried) -> _Change | None:
-    return _micro_batches(tried.scenario, 1) if tried.scenario.batch_size > 1 else None
+def _smaller_batch(tried: _Tried) -> list[_Change]:
+    sizes = _sizes(tried.scenario.batch_size)
+    return [_micro_batches(tried.scenario, size) for size in sizes[:SMALLEST_BATCHES]]
+
+
+def _sizes(whole: int) -> list[int]:
+    """Sizes of micro-batches to try in place of ``whole``, from the smallest.
+
+    The divisors, which leave the samples per step as they are. A prime has none but 1; for it also the even sizes
+    nearest to an equal share, with which a step has up to half a micro-batch more or less.
+    """
+    divisors = [size for size in range(1, whole) if whole % size == 0]
+    if len(divisors) != 1:
+        return divisors
+    shares = (-(-whole // count) for count in range(2, whole))
+    return sorted({1, *(share - share % 2 for share in shares if share > 1)})
 
 
 def _micro_batches(scenario: Scenario, size: int) -> _Change:
-    count = scenario.with_batch_size(size).micro_batches
+    asked = scenario.batch_size * scenario.micro_batches
+    count = round(asked / size)
+    other = "" if count * size == asked else f", {count * size} samples per step instead of {asked}"
     return _Change(
-        f"micro-batches of {size}, {count} of them per step",
+        f"micro-batches of {size}, {count} of them per step (`accumulate_grad_batches={count}`){other}",
         f"data.batch_size={size} trainer.accumulate_grad_batches={count}",
-        lambda scenario: scenario.with_batch_size(size),
+        lambda scenario: replace(scenario.with_batch_size(size), micro_batches=count),
     )
 
 
-def _accumulate_elsewhere(tried: _Tried) -> _Change | None:
+def _accumulate_elsewhere(tried: _Tried) -> list[_Change]:
     """On the device where the host has too little, in host memory where the device has."""
     scenario, plan = tried.scenario, tried.plan
     if scenario.method == NATIVE or scenario.micro_batches < 2 or scenario.machine.device_type == "cpu":
-        return None
+        return []
     sums = plan.host.holds.get(SUMS, 0)
     if sums and not plan.host.fits:
-        return _accumulate("device", "micro-batches accumulate on the device")
+        return [_accumulate("device", "micro-batches accumulate on the device (`accumulate='device'` of the strategy)")]
     if not sums and not plan.device.fits:
-        return _accumulate("host", "micro-batches accumulate in host memory")
-    return None
+        return [_accumulate("host", "micro-batches accumulate in host memory (`accumulate='host'` of the strategy)")]
+    return []
 
 
 def _accumulate(where: Literal["device", "host"], words: str) -> _Change:
@@ -216,20 +255,30 @@ def _accumulate(where: Literal["device", "host"], words: str) -> _Change:
     return _Change(words, f"trainer.strategy.accumulate={where}", apply)
 
 
-def _precision(tried: _Tried) -> _Change | None:
+def _precision(tried: _Tried) -> list[_Change]:
     if tried.scenario.precision == "bf16-true":
-        return None
+        return []
     masters = "without fp32 masters" if tried.scenario.method == NATIVE else "fp32 masters on the host"
-    return _Change(
-        f"bf16 weights, {masters}", "precision=bf16-true", lambda scenario: replace(scenario, precision="bf16-true")
-    )
+    return [
+        _Change(
+            f"bf16 weights, {masters} (`precision='bf16-true'`)",
+            "precision=bf16-true",
+            lambda scenario: replace(scenario, precision="bf16-true"),
+        )
+    ]
 
 
-def _keep_on_device(tried: _Tried) -> _Change | None:
+def _keep_on_device(tried: _Tried) -> list[_Change]:
     """Where the host is what is too small; under bf16-true small updates would be lost without masters."""
     if tried.scenario.method == NATIVE or tried.plan.host.fits or tried.scenario.precision == "bf16-true":
-        return None
-    return _Change("everything on the device", "method=none", lambda scenario: replace(scenario, method=NATIVE))
+        return []
+    return [
+        _Change(
+            "everything on the device (no offload strategy)",
+            "method=none",
+            lambda scenario: replace(scenario, method=NATIVE),
+        )
+    ]
 
 
 _PROPOSALS: tuple[_Proposal, ...] = (
@@ -242,7 +291,7 @@ _PROPOSALS: tuple[_Proposal, ...] = (
 )
 """In the order in which they are put together: what changes least first."""
 
-_TRANSIENT_ONLY = (_checkpoint, _chunked_loss)
+_TRANSIENT_ONLY = (_checkpoint, _chunked_loss, _smaller_batch)
 """Those that save nothing of what is held all the time."""
 
 _LASTING = (_offload, _accumulate_elsewhere, _precision)
@@ -256,12 +305,27 @@ def _is_too_large(plan: Plan) -> bool:
 
 def _can_reach(plan: Plan) -> bool:
     """Whether there is room for what is held all the time, all of it in host memory where the device is another."""
-    transient = sum(count for kind, count in plan.device.holds.items() if kind.startswith(_TRANSIENT))
+    transient = _transient_bytes(plan)
     places = [(plan.device, transient), (plan.host, transient if plan.device.limit_bytes is None else 0)]
     return all(
         memory.fits or memory.bytes - 1.02 * transient <= (memory.limit_bytes or 0)  # kernels' workspaces: 2 %
         for memory, transient in places
     )
+
+
+def _likely_size(plan: Plan, whole: int) -> float:
+    """The batch that would fit if all that is transient grew with it."""
+    return whole * (1 - _missing(plan) / max(_transient_bytes(plan), 1))
+
+
+def _on_line(one: Plan, size: int, other: Plan, whole: int) -> float:
+    """The batch between two that would fit if memory grew by a straight line."""
+    slope = (_missing(other) - _missing(one)) / (whole - size)
+    return size - _missing(one) / slope if slope > 0 else size
+
+
+def _transient_bytes(plan: Plan) -> int:
+    return sum(count for kind, count in plan.device.holds.items() if kind.startswith(_TRANSIENT))
 
 
 def _missing(plan: Plan) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_offload.memory.budget import Machine
 from lightning_offload.methods.full import FullSettings
-from lightning_offload.planning import Plan
+from lightning_offload.planning import Plan, plan
 from lightning_offload.planning.advice import EXPANDABLE, advise
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape
@@ -200,8 +200,72 @@ def test_nothing_is_tried_where_the_weights_are_too_many(monkeypatch: pytest.Mon
     assert advise(scenario, made) == ()
 
 
-def test_a_change_that_the_model_does_not_take_is_not_advised() -> None:
+def norm_stack() -> nn.Module:
     """Batch norm refuses a single sample."""
-    asked = Asked(gpu(), make=lambda: Stack(norm=True), samples=512)
-    taken = advised(asked, 0.9, "device")
-    assert all("batch_size=1 " not in override for overrides in taken for override in overrides)
+    return Stack(norm=True)
+
+
+def batches(samples: int, sizes: Sequence[int]) -> list[str]:
+    return [f"data.batch_size={size} trainer.accumulate_grad_batches={round(samples / size)}" for size in sizes]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize(("make", "machine"), [(Stack, cpu()), (norm_stack, cpu()), (norm_stack, gpu())])
+def test_the_largest_batch_that_fits_is_found_in_few_trials(
+    make: Callable[..., nn.Module], machine: Machine, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "host" if machine.device_type == "cpu" else "device"
+    asked = Asked(machine, make=make, samples=40_000, precision="bf16-true")
+    asked = replace(asked, machine=capped(machine, asked.plan, share, place))
+    scenario, made = asked.scenario, asked.plan
+    trials: list[int] = []
+    with monkeypatch.context() as patch:
+        init = Dry.__init__
+        patch.setattr(Dry, "__init__", lambda dry, of: trials.append(of.batch_size) or init(dry, of))
+        advised = [override for advice in advise(scenario, made) for override in advice.overrides]
+    (advice,) = (override for override in advised if override != EXPANDABLE)
+    fits = {size: asked.following(batches(40_000, [size])).plan.fits for size in neighbours(advice)}
+    assert list(fits.values()) == [True, False], fits
+    assert len(trials) <= 5, trials
+
+
+def neighbours(override: str) -> tuple[int, int]:
+    """The size of a micro-batch and the next larger one that divides 40,000."""
+    size = int(override.removeprefix("data.batch_size=").split()[0])
+    return size, next(larger for larger in range(size + 1, 40_001) if 40_000 % larger == 0)
+
+
+def test_a_batch_that_the_model_does_not_take_is_not_advised() -> None:
+    """Neither alone nor with another change, both of which are needed."""
+    asked = Asked(cpu(), make=norm_stack, samples=60, method="none")
+    small = asked.following(["precision=bf16-true", *batches(60, [2])]).plan
+    asked = replace(asked, machine=cpu().capped(host_bytes=small.host.bytes))
+    (advice,) = advise(asked.scenario, asked.plan)
+    precision, batch = sorted(advice.overrides, reverse=True)
+    assert precision == "precision=bf16-true"
+    assert batch.startswith("data.batch_size=")
+    assert asked.following(advice.overrides).plan.fits
+    asked = Asked(cpu(), make=norm_stack, samples=2, method="none")
+    asked = replace(asked, machine=capped(cpu(), asked.plan, 0.99, "host"))
+    assert [advice.overrides for advice in advise(asked.scenario, asked.plan)] == [("precision=bf16-true",)]
+
+
+def test_of_a_prime_batch_a_size_near_its_half_and_what_a_step_then_has() -> None:
+    asked = Asked(cpu(), make=Stack, samples=10_007, precision="bf16-true")
+    asked = replace(asked, machine=capped(cpu(), asked.plan, 0.8, "host"))
+    (advice,) = advise(asked.scenario, asked.plan)
+    assert advice.overrides == ("data.batch_size=5004 trainer.accumulate_grad_batches=2",)
+    assert "10008 samples per step instead of 10007" in advice.changes[0]
+    assert asked.following(advice.overrides).plan.fits
+
+
+def test_an_optimizer_that_cannot_be_offloaded_gets_other_advice() -> None:
+    module, batch = Stack(), torch.zeros(40_000, 96)
+    optimizer = torch.optim.RMSprop(module.parameters())
+    with pytest.raises(ValueError, match="RMSprop"):
+        plan(module, batch, hardware=gpu(), optimizer=optimizer)
+    whole = plan(module, batch, method="none", hardware=gpu(), optimizer=optimizer)
+    small = capped(gpu(), whole, 0.9, "device")
+    advised = [a.overrides for a in plan(module, batch, method="none", hardware=small, optimizer=optimizer).advice]
+    assert tuple(batches(40_000, [20_000])) in advised
+    assert ("method=full",) not in advised
