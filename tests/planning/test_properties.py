@@ -14,7 +14,8 @@ from lightning_offload.errors import HostMemoryError
 from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.full import FullSettings
-from lightning_offload.planning import Plan
+from lightning_offload.planning import Plan, plan
+from lightning_offload.planning.result import THE_RUN_ITSELF
 from lightning_offload.planning.scenario import NATIVE, SERIAL, Dry, Scenario
 from tests.lit import Lit, trainer
 from tests.planning.machines import RATES, cpu, gpu
@@ -148,3 +149,29 @@ def test_a_cap_binds_whoever_wants_to_try_all_the_same() -> None:
     needed = arenas("32-true")
     with pytest.warns(UserWarning, match="Trying all the same"), pytest.raises(HostMemoryError, match="max_host_gib"):
         train(needed // 2, "32-true", on_misfit="warn")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_run_stays_within_the_cap_that_its_plan_says_it_fits(precision: Any, micro_batches: int) -> None:
+    """Caps around all that the plan counts, and around its arenas alone, below which the run is refused too."""
+
+    def said(cap_bytes: int | None) -> Plan:
+        module = lit()
+        machine = cpu() if cap_bytes is None else cpu().capped(host_bytes=cap_bytes)
+        return plan(
+            module,
+            next(iter(module.train_dataloader())),
+            hardware=machine,
+            settings=FullSettings(min_numel=0),
+            precision=precision,
+            accumulate_grad_batches=micro_batches,
+        )
+
+    need_bytes = said(None).host.bytes
+    arenas_bytes = need_bytes - said(None).host.holds[THE_RUN_ITSELF]
+    assert [said(cap).fits for cap in (arenas_bytes, need_bytes - 1, need_bytes)] == [False, False, True]
+    for cap_bytes in (need_bytes, need_bytes + 1, 2 * need_bytes):
+        assert train(cap_bytes, precision, micro_batches).global_step > 0
+    with pytest.raises(HostMemoryError, match="max_host_gib"):
+        train(arenas_bytes // 2, precision, micro_batches)
