@@ -188,6 +188,14 @@ def test_the_caps_of_a_run_are_those_of_its_plan() -> None:
     assert "no effect" not in str(small)
 
 
+@pytest.mark.parametrize(("lockable_bytes", "says"), [(GIB, False), (8192, True)])
+def test_copies_that_no_page_locked_memory_is_left_for_are_said(lockable_bytes: int, says: bool) -> None:
+    machine = replace(gpu(), lockable_bytes=lockable_bytes)
+    made = planned(Plain(), hardware=machine, settings=FullSettings(min_numel=1))
+    assert made.fits
+    assert ("not all that is copied is page-locked" in str(made)) == says
+
+
 def test_a_device_cap_on_the_cpu_is_said_to_have_no_effect() -> None:
     capped = planned(Plain(), settings=FullSettings(max_device_gib=1.0))
     assert [note for note in capped.notes if "no effect" in note] == [
