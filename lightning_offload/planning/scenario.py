@@ -310,7 +310,7 @@ def _count(batch: Any) -> tuple[int, str]:
     return (1 if first is None else first.shape[0]), "samples"
 
 
-_OUTSIDE = ("before the blocks (embeddings)", "after the blocks (head)")
+_OUTSIDE = ("before blocks (embeddings)", "after blocks (head)")
 """Where a unit that is no block stands; of a model without blocks all are before them."""
 
 
