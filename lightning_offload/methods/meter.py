@@ -86,11 +86,6 @@ class Meter(TorchDispatchMode):
             self._live[kind] += held.bytes
             held.kind = kind
 
-    def restart_peak(self) -> None:
-        """Forget what was alive before."""
-        self.peak = Peak()
-        self._note_peak()
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -185,10 +185,7 @@ def test_kinds_add_up() -> None:
 
 def live(meter: Meter) -> dict[str, int]:
     """What is alive now, by kind."""
-    before = meter.peak
-    meter.restart_peak()
-    now, meter.peak = dict(meter.peak.kinds), before
-    return {kind: nbytes for kind, nbytes in now.items() if nbytes}
+    return {kind: nbytes for kind, nbytes in meter._live.items() if nbytes}
 
 
 def test_what_is_made_is_of_the_kind_it_is_counted_as_until_it_is_held_as_another() -> None:
@@ -308,15 +305,6 @@ def test_memory_given_back_after_the_mode_is_given_back_and_addresses_are_used_a
     taken = [number for number, nbytes in meter.allocations if nbytes]
     assert len(set(taken)) == len(taken) == 6
     assert meter.peak.bytes == 4000
-
-
-def test_the_peak_is_forgotten_when_it_restarts() -> None:
-    with Meter() as meter:
-        kept = torch.zeros(10)
-        torch.zeros(1000)
-        assert meter.peak.bytes == 4040
-        meter.restart_peak()
-        assert (meter.peak.bytes, kept.nbytes) == (40, 40)
 
 
 def test_empty_tensors_take_nothing() -> None:
