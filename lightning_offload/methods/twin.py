@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from lightning_offload.errors import OffloadError
@@ -28,6 +28,7 @@ Step = Callable[[nn.Module, Any], Tensor]
 """The loss of one micro-batch: ``step(module, batch)``."""
 
 aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 
 
 class TwinError(OffloadError):
@@ -60,6 +61,8 @@ class TwinMeter(Meter):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # autograd asks before most operations
+            return args[0].fake_device
         if func in _INDEXED:
             args = (args[0], _without_masks(args[1]), *args[2:])
         answer = _ANSWERS.get(func)
