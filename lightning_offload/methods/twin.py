@@ -210,7 +210,7 @@ def pretending() -> Iterator[None]:
 def forward_context(precision: str) -> Callable[[], AbstractContextManager[None]]:
     """What Lightning runs a forward in under ``precision``."""
     if precision == "bf16-mixed":
-        return lambda: torch.autocast("cpu", torch.bfloat16)
+        return lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # as Lightning: casts are not kept
     return _bf16_default if precision == "bf16-true" else nullcontext
 
 
