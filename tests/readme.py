@@ -12,6 +12,9 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 TREE = {
     "lightning_offload/numerics/adam.py": "AdamW, Adam, SGD: one step on given tensors, with torch's bits",
+    "lightning_offload/numerics/projector.py": "sparse projectors: draw, compress, decompress, carry moments over",
+    "lightning_offload/numerics/fitting.py": "what projectors miss of a gradient, and projectors that miss less",
+    "lightning_offload/numerics/rounding.py": "stochastic rounding to bf16",
     "lightning_offload/numerics/norms.py": "norms, the clip coefficient, masters that follow their weights",
     "lightning_offload/memory/blocks.py": "splits any model into units: repeated blocks, and the rest; ties",
     "lightning_offload/memory/arena.py": "host memory of exact size, page-locked in place, its true cost reported",
