@@ -89,11 +89,14 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if self._paused or func is torch.ops.prim.device.default:  # how a fake tensor answers `.device`
-            return result
-        if func.is_view:
+        return self._counted(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def _counted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = self._run(func, args, kwargs)
+        if self._paused or func.is_view or func is torch.ops.prim.device.default:  # how a fake tensor answers `.device`
             return result
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         given = {tensor.untyped_storage()._cdata for tensor in inputs}  # in place, `out=`: there before, counted or not

@@ -222,3 +222,27 @@ def test_a_size_that_is_a_value_is_said_on_a_cpu_too() -> None:
     (note,) = [note for note in plan(Asks(cut), torch.randn(6, 4), hardware=cpu()).notes if "taken as" in note]
     assert "taken as 1; pass `step=` if sizes depend on it" in note
     assert "test_twin.py:" in note
+
+
+def described(tensor: Tensor, among: tuple[Any, ...]) -> tuple[Any, ...]:
+    shares = [t.untyped_storage()._cdata == tensor.untyped_storage()._cdata for t in among if isinstance(t, Tensor)]
+    layout = tensor.shape, tensor.stride(), tensor.storage_offset(), shares
+    return type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.grad_fn, *layout
+
+
+def test_shapes_asked_in_cpp_are_those_of_the_fake_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    run = TwinMeter._run
+
+    def both(self: TwinMeter, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = run(self, func, args, kwargs)
+        if func in twin._IN_CPP:
+            seen.add(func)
+            assert described(made, args) == described(func(*args, **kwargs), args), func
+        return made
+
+    monkeypatch.setattr(TwinMeter, "_run", both)
+    for family in ("llama", "mistral", "phi"):
+        module, batch = hugging_face(family)
+        Dry(Scenario(module, batch, cpu(), precision="bf16-mixed", checkpointing=True))
+    assert seen == twin._IN_CPP
