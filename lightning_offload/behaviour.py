@@ -156,8 +156,13 @@ class OffloadBehaviour(Strategy):
             device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes
         )
         units, dtypes = partition(module, asked.blocks), self.precision_plugin.dtypes(method.name)
-        method.settings, reasons = method.resolve(
-            units, machine, dtypes, accumulates=self._accumulates(trainer, module), before=_chosen_before(trainer)
+        reasons = method.resolve(
+            module,
+            units,
+            machine,
+            dtypes,
+            accumulates=self._accumulates(trainer, module),
+            before=_chosen_before(trainer),
         )
         for reason in reasons:
             rank_zero_info(f"{self.strategy_name}: {reason}")

@@ -232,8 +232,9 @@ def test_auto_accumulation_looks_at_what_there_is() -> None:
         (replace(gpu, device_free_bytes=0), False, "device"),
         (Machine.detect(), True, "device"),
     ):
-        settings, reasons = Full(FullSettings()).resolve(units, machine, DTypes(), accumulates=accumulates)
-        assert settings.accumulate == where
+        method = Full(FullSettings())
+        reasons = method.resolve(units[0].module, units, machine, DTypes(), accumulates=accumulates)
+        assert method.settings.accumulate == where
         assert any("accumulate" in reason for reason in reasons)
 
 
@@ -241,18 +242,20 @@ def test_auto_accumulation_looks_at_what_there_is() -> None:
 def test_gradients_are_counted_in_the_dtype_they_will_have() -> None:
     units = partition(nn.Linear(1000, 1, bias=False))
     gpu = replace(Machine.detect(), device_type="cuda", device_free_bytes=2000 + 4 * 2000)
-    chosen = [
-        Full(FullSettings()).resolve(units, gpu, DTypes.of(precision), accumulates=True)[0].accumulate
-        for precision in ("32-true", "bf16-true")
-    ]
+    chosen = []
+    for precision in ("32-true", "bf16-true"):
+        method = Full(FullSettings())
+        method.resolve(units[0].module, units, gpu, DTypes.of(precision), accumulates=True)
+        chosen.append(method.settings.accumulate)
     assert chosen == ["host", "device"]
 
 
 def test_every_auto_is_resolved_with_a_reason() -> None:
-    settings, reasons = Full(FullSettings()).resolve([], Machine.detect(), DTypes(), accumulates=True)
+    method = Full(FullSettings())
+    reasons = method.resolve(nn.Linear(1, 1), [], Machine.detect(), DTypes(), accumulates=True)
     asked = {name for name, value in vars(FullSettings()).items() if value == "auto"}
     assert asked == {reason.partition("=")[0] for reason in reasons}
-    assert "auto" not in vars(settings).values()
+    assert "auto" not in vars(method.settings).values()
 
 
 def test_a_continued_run_chooses_as_it_did_before(tmp_path: Path) -> None:

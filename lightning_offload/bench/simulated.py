@@ -14,7 +14,7 @@ from lightning_offload.bench.report import Row, Table
 from lightning_offload.memory.budget import GIB, Machine, machine_from
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.full import FullSettings
-from lightning_offload.methods.host import CAST_BYTES
+from lightning_offload.methods.part import CAST_BYTES
 from lightning_offload.planning import Plan
 from lightning_offload.planning.scenario import FULL, NATIVE, SERIAL, Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape

@@ -39,7 +39,7 @@ class Arrivals:
         self.flights = [Flight(unit.index) for unit in units]
         self.uses = Uses()
         self.marks = Marks(lanes)
-        self._module, self._units, self._lanes = module, units, lanes
+        self._module, self._units = module, units
         self._early: set[int] = set()
         # compiled code may take hooks and weights apart as it likes, and a function mode would break it
         self._compiled = any(_is_compiled(module) for unit in units for module in unit.module.modules())
@@ -58,7 +58,7 @@ class Arrivals:
     def forward(self) -> Iterator[None]:
         """Around one forward of training."""
         for index in self._early:
-            self.flights[index].land(self._lanes)
+            self.flights[index].land()
         if self._compiled:
             self.publish()
         if self._learned or self._compiled:
@@ -72,18 +72,13 @@ class Arrivals:
 
     def enter(self, flight: Flight, *, recomputed: bool) -> None:
         """A module that needs the unit's weights is about to run; in backward it is a recomputation."""
-        flight.land(self._lanes)
+        flight.land()
         self.marks.unit(flight, recomputed=recomputed)
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
         for flight in self.flights:
-            flight.land(self._lanes)
-
-    def landed(self) -> None:
-        """Nothing is in flight any more."""
-        for flight in self.flights:
-            flight.waited = True
+            flight.land()
 
     def _learn(self, uses: Uses) -> None:
         index = {unit.name: unit.index for unit in self._units}

@@ -1,9 +1,8 @@
-"""What a method is: the settings it has, the dtypes it is given, the parameters it holds, the protocol it follows."""
+"""What methods share: the dtypes they are given, the parameters they hold, what a step is decided by."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -12,74 +11,12 @@ from torch import Tensor, nn
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.blocks import Unit
-from lightning_offload.memory.budget import GIB
-from lightning_offload.memory.lanes import Event, Lanes
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonSettings:
-    """Settings that every method has.
-
-    Attributes:
-        min_numel: Smaller parameters stay on the device with their optimizer state.
-        blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
-        pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` does so as far as the machine allows.
-        host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
-        skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite; ``False`` is exact
-            parity with plain AdamW on NaN.
-        max_skips: Skipped steps in a row that are put up with; one more is an error.
-        on_misfit: What to do when the host arenas cannot fit: ``"error"`` or ``"warn"``.
-        max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
-        max_host_gib: Host memory that the arenas stay within, as if the machine had no more.
-    """
-
-    min_numel: int = 4096
-    blocks: Sequence[str | type[nn.Module]] | None = None
-    pin_memory: bool | Literal["auto"] = "auto"
-    host_threads: int | Literal["auto"] = "auto"
-    skip_nonfinite: bool = True
-    max_skips: int = 10
-    on_misfit: Literal["error", "warn"] = "error"
-    max_device_gib: float | None = None
-    max_host_gib: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming the setting."""
-        require(isinstance(self.min_numel, int) and self.min_numel >= 0, "min_numel", self.min_numel, "an integer >= 0")
-        require(self.pin_memory in (True, False, "auto"), "pin_memory", self.pin_memory, "true, false or 'auto'")
-        threads = self.host_threads
-        require(
-            threads == "auto" or (isinstance(threads, int) and threads >= 1),
-            "host_threads",
-            threads,
-            "an integer >= 1 or 'auto'",
-        )
-        require(isinstance(self.skip_nonfinite, bool), "skip_nonfinite", self.skip_nonfinite, "true or false")
-        require(isinstance(self.max_skips, int) and self.max_skips >= 0, "max_skips", self.max_skips, "an integer >= 0")
-        require(self.on_misfit in ("error", "warn"), "on_misfit", self.on_misfit, "'error' or 'warn'")
-        for name, gib in (("max_device_gib", self.max_device_gib), ("max_host_gib", self.max_host_gib)):
-            holds = gib is None or (isinstance(gib, int | float) and not isinstance(gib, bool) and 0 < gib < math.inf)
-            require(holds, name, gib, "a positive number of GiB, or None")
-
-    @property
-    def max_device_bytes(self) -> int | None:
-        """``max_device_gib`` in bytes."""
-        return None if self.max_device_gib is None else int(self.max_device_gib * GIB)
-
-    @property
-    def max_host_bytes(self) -> int | None:
-        """``max_host_gib`` in bytes."""
-        return None if self.max_host_gib is None else int(self.max_host_gib * GIB)
-
+from lightning_offload.memory.lanes import Event
 
 Groups = Sequence[Mapping[str, Any]]
 """Hyper-parameters per optimizer group, as they were when the work was issued."""
 
-
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raise a ``ValueError`` that names the setting, what it was, and what it may be."""
-    if not holds:
-        raise ValueError(f"`{name}` must be {expected}, got {value!r}")
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -91,19 +28,19 @@ class DTypes:
         master: The truth about a trained weight, on the host.
         wire: What crosses the link; ``None`` is the dtype of the compute weight.
         moments: Optimizer state.
-        rounding: How a master becomes a compute weight.
+        rounding: How a 16-bit weight takes what is finer: a master, or a step where it has no master.
     """
 
     compute: torch.dtype | None = None
     master: torch.dtype = torch.float32
     wire: torch.dtype | None = None
     moments: torch.dtype = torch.float32
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Rounding = "nearest"
 
     @classmethod
-    def of(cls, precision: str) -> DTypes:
+    def of(cls, precision: str, rounding: Rounding = "nearest") -> DTypes:
         """The dtypes of a precision by Lightning's name: ``bf16-true`` computes in bf16, the others as weights are."""
-        return cls(compute=torch.bfloat16 if precision == "bf16-true" else None)
+        return cls(compute=torch.bfloat16 if precision == "bf16-true" else None, rounding=rounding)
 
 
 @dataclass(frozen=True)
@@ -140,24 +77,21 @@ class Flight:
     """What is in flight for one unit.
 
     Attributes:
-        arrived: The copy that brings its new weights.
-        waited: Whether compute already waits for it.
         order: Its place in the order of execution, as far as it is known: who needs its weights first comes first.
     """
 
     order: int
-    arrived: Event | None = None
-    waited: bool = True
+    _landings: list[Callable[[], None]] = field(default_factory=list)
 
-    def launch(self, event: Event) -> None:
-        """New weights are on their way."""
-        self.arrived, self.waited = event, False
+    def launch(self, landing: Callable[[], None]) -> None:
+        """New weights are on their way; ``landing`` makes compute see them."""
+        self._landings.append(landing)
 
-    def land(self, lanes: Lanes) -> None:
+    def land(self) -> None:
         """Compute issued from here on sees the new weights."""
-        if not self.waited and self.arrived is not None:
-            self.waited = True
-            lanes.wait_compute(self.arrived)
+        landings, self._landings = self._landings, []
+        for landing in landings:
+            landing()
 
 
 @dataclass(eq=False)
@@ -202,11 +136,16 @@ class Trained:
 class Verdict:
     """What a step is decided by: the total norm and the clip coefficient, known on both sides of the link.
 
+    A *local* verdict is none: each parameter is stepped as soon as its own gradient has landed, and skipped where
+    that is not finite.
+
     Attributes:
         clip: The clipping that was asked for.
         skip_nonfinite: Whether a non-finite norm makes the step change nothing.
         step: Number of this optimizer step.
         names: The parameters that have a gradient, in optimizer order.
+        local: Whether every parameter is decided by its own norm.
+        own_norms: Of a local verdict: the norms that the host has seen, by name; for host functions.
         on_device: ``[total norm, coefficient, found_inf]``, fp32; the compute lane may read it after ``device_ready``.
         on_host: The same, then the norm of each of ``names``; the host may read it after ``host_ready``.
     """
@@ -215,6 +154,8 @@ class Verdict:
     skip_nonfinite: bool
     step: int
     names: list[str] = field(default_factory=list)
+    local: bool = False
+    own_norms: dict[str, float] = field(default_factory=dict)
     on_device: Tensor | None = None
     on_host: Tensor | None = None
     device_ready: Event | None = None
@@ -243,6 +184,21 @@ class Verdict:
         return self.on_host[1]
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a gradient is taken.
+
+    Attributes:
+        step: Number of the optimizer step that it is for.
+        last: Whether it is of the last micro-batch of that step.
+        early: Hyper-parameters and verdict, if a unit may be stepped as soon as its last gradient is taken.
+    """
+
+    step: int
+    last: bool
+    early: tuple[Groups, Verdict] | None = None
+
+
 class Part(Protocol):
     """Something that holds trained parameters and steps them: a method, or the common path beside it."""
 
@@ -251,15 +207,12 @@ class Part(Protocol):
         """What it steps."""
         ...
 
-    def gradient_ready(self, trained: Trained, group_now: Groups | None) -> None:
-        """Take the gradient out of ``p.grad``.
-
-        Given the optimizer's groups, the unit's host step may start as soon as its last gradient is taken.
-        """
+    def gradient_ready(self, trained: Trained, moment: Moment) -> None:
+        """Take the gradient out of ``p.grad``."""
         ...
 
-    def collect(self) -> None:
-        """Take every gradient that is still in ``p.grad``."""
+    def collect(self, step: int) -> None:
+        """Take every gradient that is still in ``p.grad``, for this optimizer step."""
         ...
 
     def has_gradient(self, trained: Trained) -> bool:

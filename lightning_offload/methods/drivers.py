@@ -71,7 +71,7 @@ class EngineDriver:
     def __init__(self, engine: Engine, *, clip: Clip | None, serial: bool = False) -> None:
         self.engine, self.units = engine, engine.units
         self._clip, self._serial = clip, serial
-        self._offloaded = {t.name: t for t in engine.host.trained}
+        self._offloaded = {t.name: t for part in engine.senders for t in part.trained}
 
     @property
     def uses(self) -> Uses:
@@ -81,7 +81,7 @@ class EngineDriver:
     @property
     def warm_up(self) -> int:
         """See ``Driver.warm_up``: the first step never runs under backward, so the second may overlap another way."""
-        return 1 if self._clip is not None or self.engine.method.settings.skip_nonfinite else 2
+        return 2 if self.engine.steps_early else 1
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,17 +27,19 @@ from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.arrivals import Arrivals
-from lightning_offload.methods.base import Clip, DTypes, Part, StepReport, Trained, Verdict
-from lightning_offload.methods.full import Full, decisive
+from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepReport, Trained, Verdict
 from lightning_offload.methods.homes import settle, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
+from lightning_offload.methods.method import Method, Site
+from lightning_offload.methods.part import HostPart
 from lightning_offload.methods.resident import ResidentOptimizer
 from lightning_offload.methods.rules import check_groups, frozen_groups, rule_for
 from lightning_offload.methods.uses import Uses
-from lightning_offload.methods.verdict import Judge
+from lightning_offload.methods.verdict import Judge, Tally
 from lightning_offload.numerics.norms import adopt_
 
 MASTERS, GRADIENTS, SKIPS, METHOD, SETTINGS = "masters", "gradients", "skips", "method", "settings"
+OWN = "state"
 """Keys of the checkpointed extras; everything else is rebuilt."""
 
 
@@ -69,7 +72,7 @@ class Engine:
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        method: Full,
+        method: Method,
         lanes: Lanes,
         dtypes: DTypes,
         *,
@@ -89,28 +92,40 @@ class Engine:
         self._undo: list[Callable[[], Any]] = []
         self.closed = False
 
-        trained = self._find_trained()
-        offloaded = [t for t in trained if method.claims(t.name, t.parameter, t.unit)]
-        chosen = {id(t) for t in offloaded}
+        settings = method.settings
+        claims = method.claim(module, self.units)
+        if method.leaves_frozen():
+            self._freeze_all_but(claims)
+        self.trained = self._find_trained()
+        claimed = [t for t in self.trained if id(t.parameter) in claims]
+        others = [t for t in self.trained if id(t.parameter) not in claims]
+        on_host = [t for t in others if t.parameter.numel() >= settings.min_numel]
         if machine is not None:
-            self._require_host(machine, offloaded)
-        on_host = method.settings.accumulate == "host"
-        wants_norms = method.settings.skip_nonfinite or expects_clip
+            self._require_host(machine, claimed, on_host)
+        decides_late = expects_clip or (settings.skip_nonfinite and not method.layer_wise)
+        site = Site(self.rule, lanes, dtypes, settings.accumulate == "host", decides_late)
+        self.own = method.make_part(claimed, site)
         self.host = HostOptimizer(
-            offloaded, self.rule, lanes, dtypes, accumulate_on_host=on_host, wants_norms=wants_norms
+            on_host, self.rule, lanes, dtypes, accumulate_on_host=site.accumulate_on_host, wants_norms=decides_late
         )
-        self.resident = ResidentOptimizer([t for t in trained if id(t) not in chosen], self.rule, lanes, dtypes)
-        self.parts: tuple[Part, ...] = (self.host, self.resident)
-        self.trained = trained
+        small = [t for t in others if t.parameter.numel() < settings.min_numel]
+        self.resident = ResidentOptimizer(small, self.rule, lanes, dtypes)
+        self.senders: tuple[HostPart[Any], ...] = (*([self.own] if self.own is not None else []), self.host)
+        self.parts: tuple[Part, ...] = (*self.senders, self.resident)
         self._part_of = {id(t): part for part in self.parts for t in part.trained}
-        self._judge = Judge(lanes, len(trained), method.settings.max_skips) if wants_norms else None
+        self._judge = Judge(lanes, len(self.trained), settings.max_skips) if decides_late else None
+        self._tally = None
+        if settings.skip_nonfinite and not decides_late:
+            self._tally = Tally(lanes, len(small), settings.max_skips)
+        self._verdict: Verdict | None = None
         self._settle_frozen()
         self._install()
 
     @property
     def report(self) -> StepReport:
         """What the last step did that the host has finished judging."""
-        return self._judge.report if self._judge is not None else StepReport()
+        judge = self._judge or self._tally
+        return judge.report if judge is not None else StepReport()
 
     # What the strategy calls, in the order of a step.
 
@@ -125,7 +140,8 @@ class Engine:
         """Backward has put a gradient into ``p.grad``; it leaves if it is complete and nobody looks at it."""
         leaves = self.stepping or self.method.settings.accumulate == "host"
         if leaves and not self.gradients_visible:
-            self.host.gradient_ready(trained, frozen_groups(self.optimizer) if self._eager else None)
+            early = (frozen_groups(self.optimizer), self._own_verdict()) if self._eager else None
+            self._part_of[id(trained)].gradient_ready(trained, Moment(self._steps + 1, self.stepping, early))
         self.arrivals.marks.gradient(trained)
 
     def step(self, clip: Clip | None = None) -> None:
@@ -141,7 +157,7 @@ class Engine:
         self._refuse_strangers()
         self.arrivals.marks.step()
         for part in self.parts:
-            part.collect()
+            part.collect(self._steps + 1)
         present = [t for t in self.trained if self._part_of[id(t)].has_gradient(t)]
         self.stepping = False
         if not present:
@@ -149,16 +165,14 @@ class Engine:
             return
         self._steps += 1
         backward_done = self.lanes.compute()
-        verdict = Verdict(clip, self.method.settings.skip_nonfinite, self._steps, [t.name for t in present])
-        if self._judge is not None:
-            self._judge.decide(verdict, present, self.host)
-        elif verdict.clips_norm:
-            raise OffloadError("The step is to be clipped by norm, but no norms were taken: `expects_clip` is False")
+        verdict = self._decide(clip, present)
         groups = frozen_groups(self.optimizer)
-        for part in self.parts:
-            readers = part.update(groups, verdict, backward_done)
-            if self._judge is not None:
-                self._judge.readers += readers
+        readers = [reader for part in self.parts for reader in part.update(groups, verdict, backward_done)]
+        if self._judge is not None:
+            self._judge.readers += readers
+        if self._tally is not None:
+            self._tally.count(verdict, readers)
+        self._verdict = None
         self.arrivals.marks.done()
 
     def publish(self) -> None:
@@ -168,7 +182,8 @@ class Engine:
     def flush(self) -> None:
         """Wait until nothing is in flight: every parameter of the module equals its rounded master."""
         self.lanes.synchronize()
-        self.arrivals.landed()
+        self.arrivals.publish()
+        self.lanes.synchronize()
 
     def adopt(self) -> None:
         """Take over weights that somebody else wrote: where a weight differs from its rounded master."""
@@ -181,7 +196,7 @@ class Engine:
         try:
             self.flush()
         finally:
-            self.stepping = False
+            self.stepping, self._verdict = False, None
             for part in self.parts:
                 part.drop()
 
@@ -203,7 +218,8 @@ class Engine:
             self.flush()
         finally:
             self.lanes.close()
-            self.host.free_rings()
+            for part in self.senders:
+                part.free_rings()
             self.closed = True
 
     # State, by parameter name.
@@ -248,8 +264,14 @@ class Engine:
                 gradients[t.name] = pending.detach().cpu()
         report = self.report
         skips = {"in_a_row": report.skipped_in_a_row, "total": report.skipped_total, "steps": self._steps}
-        settings = decisive(self.method.settings)
-        return {METHOD: self.method.name, SETTINGS: settings, MASTERS: masters, GRADIENTS: gradients, SKIPS: skips}
+        return {
+            METHOD: self.method.name,
+            SETTINGS: self.method.decisive(),
+            OWN: self.own.extras() if self.own is not None else {},
+            MASTERS: masters,
+            GRADIENTS: gradients,
+            SKIPS: skips,
+        }
 
     @torch.no_grad()
     def load_extras(self, extras: dict[str, Any]) -> None:
@@ -260,19 +282,22 @@ class Engine:
             if master is not None and t.name in extras[MASTERS]:
                 master.copy_(extras[MASTERS][t.name])
                 adopt_(master, t.parameter.to(master.device))  # weights that others had written were saved as written
+        if self.own is not None and extras[METHOD] == self.method.name:
+            self.own.load_extras(extras[OWN])
         self.load_gradients(extras[GRADIENTS])
         skips = extras[SKIPS]
         self._steps = skips["steps"]
-        if self._judge is not None:
-            self._judge.resume(self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"])
+        for judge in filter(None, (self._judge, self._tally)):
+            judge.resume(self._steps, skipped_in_a_row=skips["in_a_row"], skipped_total=skips["total"])
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Put the gradients of an unfinished window, by name, where they accumulate."""
         for t in self.trained:
             if t.name not in gradients:
                 continue
-            if self._part_of[id(t)] is self.host and self.method.settings.accumulate == "host":
-                self.host.load_pending_of(t, gradients[t.name])
+            part = self._part_of[id(t)]
+            if isinstance(part, HostPart) and self.method.settings.accumulate == "host":
+                part.load_pending_of(t, gradients[t.name])
             else:
                 t.parameter.grad = gradients[t.name].to(t.parameter.device, t.parameter.dtype, copy=True)
 
@@ -296,32 +321,65 @@ class Engine:
                 position += 1
         return trained
 
-    def host_bytes(self, offloaded: Sequence[Trained]) -> int:
+    def host_bytes(self, trained: Sequence[Trained]) -> int:
         """Exactly what the host arenas hold for these parameters."""
-        on_host = self.method.settings.accumulate == "host"
-        return sum(
+        own = {id(t) for t in self.own.trained} if self.own is not None else set()
+        claimed = [t for t in trained if id(t) in own]
+        common = {id(t) for t in self.host.trained}
+        return self._arena_bytes(claimed, [t for t in trained if id(t) in common])
+
+    def _arena_bytes(self, claimed: Sequence[Trained], on_host: Sequence[Trained]) -> int:
+        accumulates = self.method.settings.accumulate == "host"
+        common = sum(
             t.parameter.numel()
             * HostOptimizer.bytes_per_element(
-                weight_dtype(t.parameter, self.dtypes), self.rule, accumulate_on_host=on_host
+                weight_dtype(t.parameter, self.dtypes), self.rule, accumulate_on_host=accumulates
             )
-            for t in offloaded
+            for t in on_host
         )
+        return common + self.method.host_bytes(claimed, self.rule, self.dtypes)
 
     @property
     def device_bytes(self) -> int:
         """What the engine holds on the device beside the weights: gradients on their way, small parameters' state."""
-        return self.host.ring_bytes + self.resident.nbytes
+        return sum(part.device_bytes for part in self.senders) + self.resident.nbytes
 
-    def _require_host(self, machine: Machine, offloaded: Sequence[Trained]) -> None:
+    def _require_host(self, machine: Machine, claimed: Sequence[Trained], on_host: Sequence[Trained]) -> None:
         moving = 0
         if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made
             moving = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.device.type == "cpu")
+        numel = sum(t.parameter.numel() for t in (*claimed, *on_host))
         machine.require_host(
-            self.host_bytes(offloaded),
+            self._arena_bytes(claimed, on_host),
             freed_bytes=moving,
-            what=f"method `{self.method.name}` on {sum(t.parameter.numel() for t in offloaded):,} parameters",
+            what=f"method `{self.method.name}` on {numel:,} parameters",
             on_misfit=self.method.settings.on_misfit,
         )
+
+    def _decide(self, clip: Clip | None, present: Sequence[Trained]) -> Verdict:
+        """What this step is decided by."""
+        verdict = self._own_verdict()
+        verdict.clip, verdict.names = clip, [t.name for t in present]
+        if self._judge is not None:
+            self._judge.decide(verdict, present, [norm for part in self.senders for norm in part.host_norms()])
+        elif verdict.clips_norm:
+            raise OffloadError("The step is to be clipped by norm, but no norms were taken: `expects_clip` is False")
+        elif self._tally is not None:
+            self._tally.decide(verdict, [t for t in present if self._part_of[id(t)] is self.resident])
+        return verdict
+
+    def _own_verdict(self) -> Verdict:
+        """Of the step that is under way."""
+        if self._verdict is None:
+            skips = self.method.settings.skip_nonfinite
+            self._verdict = Verdict(None, skips, self._steps + 1, local=self._tally is not None)
+        return self._verdict
+
+    def _freeze_all_but(self, claims: set[int]) -> None:
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and id(parameter) not in claims:
+                parameter.requires_grad_(False)
+                self._undo.append(partial(parameter.requires_grad_, True))
 
     def _settle_frozen(self) -> None:
         """Weights that are not trained: to the device, in the compute dtype."""
@@ -334,8 +392,9 @@ class Engine:
 
     def _install(self) -> None:
         self._undo += self.arrivals.install()
-        self.arrivals.marks.expect(self.host.trained)
-        for t in self.host.trained:
+        sent = [t for part in self.senders for t in part.trained]
+        self.arrivals.marks.expect(sent)
+        for t in sent:
             self._undo.append(t.parameter.register_post_accumulate_grad_hook(self._gradient_hook(t)).remove)
         flush, adopt = self.flush, self.adopt
         self._undo += [
@@ -354,7 +413,12 @@ class Engine:
 
         Never in the first step, in which a parameter may turn out to receive its gradient twice.
         """
-        return self.stepping and self._judge is None and not self._expects_clip and self._steps > 0
+        return self.stepping and self.steps_early and self._steps > 0
+
+    @property
+    def steps_early(self) -> bool:
+        """Whether units step under backward once the first step has been made."""
+        return self._judge is None and not self._expects_clip
 
     def _refuse_new_groups(self) -> None:
         def refuse(group: dict[str, Any]) -> None:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.lanes import Event, Lanes
-from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
+from lightning_offload.methods.base import DTypes, Flight, Groups, Trained, Verdict
 from lightning_offload.methods.rules import Rule
+from lightning_offload.numerics.norms import gradient_norm
 
 CHUNK_NUMEL = 1 << 20
 """Elements that are cast and stepped at a time where the wire is 16-bit; a multiple of every vector width."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Home:
     """Where one trained parameter lives on the host; all tensors are flat.
 
     Attributes:
-        wire: Brings the gradient down and, where the master is wider than the weight, the weight up.
-        master: The truth about the weight.
+        trained: The parameter.
+        wire: Brings the gradient (or what a method sends of it) down, and what is made of it up.
         states: Optimizer state by torch's name.
         step: Its own step count, fp32 scalar.
         total: fp32 sum over micro-batches, where they accumulate on the host.
@@ -38,7 +40,6 @@ class Home:
 
     trained: Trained
     wire: Tensor
-    master: Tensor
     states: dict[str, Tensor]
     step: Tensor
     total: Tensor | None
@@ -47,6 +48,27 @@ class Home:
     taken: bool = False
     final: bool = False
     late: bool = False
+
+    @property
+    def events(self) -> list[Event]:
+        """After these the gradient is there."""
+        return [self.added] if self.added is not None else self.landed
+
+    @property
+    def gradient(self) -> Tensor:
+        """What the host steps with."""
+        return self.wire if self.total is None else self.total
+
+
+@dataclass(eq=False, kw_only=True)
+class WeightHome(Home):
+    """The home of a parameter that comes up whole.
+
+    Attributes:
+        master: The truth about the weight.
+    """
+
+    master: Tensor
 
     @property
     def rounded(self) -> bool:
@@ -58,34 +80,46 @@ class Home:
         """What comes up as the new weight, shaped like it."""
         return (self.wire if self.rounded else self.master).view(self.trained.parameter.shape)
 
-    @property
-    def events(self) -> list[Event]:
-        """After these the gradient is there."""
-        return [self.added] if self.added is not None else self.landed
+
+AnyHome = TypeVar("AnyHome", bound=Home)
 
 
 @dataclass(eq=False)
-class UnitHomes:
-    """The homes of one unit, in (group, position) order: one call of the update rule per group."""
+class UnitHomes(Generic[AnyHome]):
+    """The homes of one unit, in (group, position) order: one call of the update rule per group.
+
+    Attributes:
+        index: The unit's.
+        homes: See above.
+        stepped: The host's step, if it has been issued.
+        arrived: The last copy up from the wires.
+    """
 
     index: int
-    homes: list[Home]
+    homes: list[AnyHome]
     stepped: Event | None = None
+    arrived: Event | None = None
 
     @property
-    def taken(self) -> list[Home]:
+    def taken(self) -> list[AnyHome]:
         """Those that have a gradient."""
         return [home for home in self.homes if home.taken]
 
+    @property
+    def flight(self) -> Flight:
+        """The unit's weights in flight."""
+        return self.homes[0].trained.flight
 
-def host_step(rule: Rule, homes: Sequence[Home], groups: Groups, verdict: Verdict, lanes: Lanes) -> None:
+
+def host_step(rule: Rule, homes: Sequence[WeightHome], groups: Groups, verdict: Verdict, lanes: Lanes) -> None:
     """The step of one unit, on the host lane: clip, update rule, and the new weights onto the wire."""
-    if verdict.skip:
-        for home in homes:
-            if home.rounded:
-                home.wire.copy_(home.master)
-        return
-    for group, members in groupby(homes, key=lambda home: home.trained.group):
+    kept = []
+    for home in homes:
+        if not skips(home, verdict):
+            kept.append(home)
+        elif home.rounded:
+            home.wire.copy_(home.master)
+    for group, members in groupby(kept, key=lambda home: home.trained.group):
         ready = []
         for home in members:
             if home.total is None and home.rounded:
@@ -96,9 +130,9 @@ def host_step(rule: Rule, homes: Sequence[Home], groups: Groups, verdict: Verdic
             _step_wide(rule, ready, groups[group], verdict)
 
 
-def _step_wide(rule: Rule, homes: Sequence[Home], group: Mapping[str, Any], verdict: Verdict) -> None:
+def _step_wide(rule: Rule, homes: Sequence[WeightHome], group: Mapping[str, Any], verdict: Verdict) -> None:
     """fp32 gradients: one call for all tensors of the span."""
-    grads = [home.wire if home.total is None else home.total for home in homes]
+    grads = [home.gradient for home in homes]
     clip_(grads, verdict)
     states = {name: [home.states[name] for home in homes] for name in rule.states}
     rule.step_([home.master for home in homes], grads, states, [home.step for home in homes], group)
@@ -107,12 +141,12 @@ def _step_wide(rule: Rule, homes: Sequence[Home], group: Mapping[str, Any], verd
             home.wire.copy_(home.master)
 
 
-def _step_narrow(rule: Rule, home: Home, group: Mapping[str, Any], verdict: Verdict, lanes: Lanes) -> None:
+def _step_narrow(rule: Rule, home: WeightHome, group: Mapping[str, Any], verdict: Verdict, lanes: Lanes) -> None:
     """16-bit gradients: clipped and rounded in their own dtype, then cast and stepped a chunk at a time."""
     clip_([home.wire], verdict)
     scratch = lanes.scratch(min(CHUNK_NUMEL, home.wire.numel()), home.master.dtype)
     count = home.step.clone()
-    for part in _chunks(home.wire.numel()):
+    for part in chunks(home.wire.numel()):
         wide = scratch[: part.stop - part.start]
         wide.copy_(home.wire[part])
         home.step.copy_(count)  # every chunk is the same step
@@ -121,9 +155,18 @@ def _step_narrow(rule: Rule, home: Home, group: Mapping[str, Any], verdict: Verd
         home.wire[part].copy_(home.master[part])
 
 
-def _chunks(numel: int) -> Iterator[slice]:
+def chunks(numel: int) -> Iterator[slice]:
+    """Slices of at most ``CHUNK_NUMEL`` elements."""
     for start in range(0, numel, CHUNK_NUMEL):
         yield slice(start, min(start + CHUNK_NUMEL, numel))
+
+
+def skips(home: Home, verdict: Verdict) -> bool:
+    """Whether this step leaves the parameter as it is; a local verdict is told the norm."""
+    if not verdict.local:
+        return verdict.skip
+    norm = verdict.own_norms[home.trained.name] = float(gradient_norm(home.gradient))
+    return not math.isfinite(norm)
 
 
 def clip_(grads: list[Tensor], verdict: Verdict) -> None:

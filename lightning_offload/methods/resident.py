@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, Lanes
-from lightning_offload.methods.base import DTypes, Groups, Trained, Verdict
+from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import load_state, settle, weight_dtype
 from lightning_offload.methods.rules import Rule
 from lightning_offload.numerics.norms import adopt_, gradient_norm
@@ -50,10 +50,10 @@ class ResidentOptimizer:
         self._lanes = lanes
         self._seats = {t.name: self._make_seat(t, dtypes) for t in self.trained}
 
-    def gradient_ready(self, trained: Trained, group_now: Groups | None) -> None:
+    def gradient_ready(self, trained: Trained, moment: Moment) -> None:
         """See ``Part.gradient_ready``: it stays in ``p.grad`` until the step."""
 
-    def collect(self) -> None:
+    def collect(self, step: int) -> None:
         """See ``Part.collect``."""
         for trained in self.trained:
             if trained.parameter.grad is not None:

@@ -23,12 +23,14 @@ class Rule:
         states: Names of the state tensors shaped like the weight, as torch's optimizer calls them.
         has_step: Whether torch's state holds a step count.
         step_: ``(params, grads, states, steps, group, found_inf=None)`` in place.
+        decoupled: Whether it is AdamW: Adam whose decay acts on the weight, not through the gradient.
     """
 
     name: str
     states: tuple[str, ...]
     has_step: bool
     step_: Callable[..., None]
+    decoupled: bool = False
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
@@ -59,7 +61,8 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
             decoupled = [bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups]
         if len(set(decoupled)) > 1:
             raise ValueError("`Adam` groups that disagree on `decoupled_weight_decay` cannot be offloaded")
-        return Rule(kind.__name__, ("exp_avg", "exp_avg_sq"), True, partial(_adam_step, decoupled=decoupled[0]))
+        step = partial(_adam_step, decoupled=decoupled[0])
+        return Rule(kind.__name__, ("exp_avg", "exp_avg_sq"), True, step, decoupled[0])
     if kind is torch.optim.SGD:
         if any(group["dampening"] != 0 for group in optimizer.param_groups):
             raise ValueError("`SGD(dampening=...)` cannot be offloaded; set it to 0")

@@ -7,6 +7,7 @@ for them, as the first layer of the next forward would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from lightning_offload.errors import NonFiniteError
 from lightning_offload.memory.lanes import Event, Lanes
 from lightning_offload.methods.base import StepReport, Trained, Verdict
-from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.numerics.norms import clip_coefficient, gradient_norm, total_norm
 
 HEAD = 3
 """Numbers before the norms: total norm, coefficient, found_inf."""
+
+HostSum = tuple[Trained, Tensor, list[Event]]
+"""A sum over micro-batches on the host, and the events after which it may be read."""
 
 
 class Judge:
@@ -45,13 +48,18 @@ class Judge:
         """Go on counting where a checkpoint stopped."""
         self.report = StepReport(step=step, skipped_in_a_row=skipped_in_a_row, skipped_total=skipped_total)
 
-    def decide(self, verdict: Verdict, present: Sequence[Trained], host: HostOptimizer) -> None:
-        """Fill in ``verdict`` and report it; ``present`` are the parameters with a gradient, in optimizer order.
+    def decide(self, verdict: Verdict, present: Sequence[Trained], sums: Sequence[HostSum]) -> None:
+        """Fill in ``verdict`` and report it.
+
+        Args:
+            verdict: To be filled in.
+            present: The parameters with a gradient, in optimizer order.
+            sums: Those whose micro-batches add up on the host.
 
         Raises:
             NonFiniteError: Too many steps in a row were skipped; here, or at the next call of any lane.
         """
-        on_host = {trained.name: (total, events) for trained, total, events in host.host_norms()}
+        on_host = {trained.name: (total, events) for trained, total, events in sums}
         if self._sent is not None:
             self._lanes.wait_compute(self._sent)  # the last verdict has left the device buffer
         verdict.on_device = self._device[:HEAD]
@@ -68,16 +76,21 @@ class Judge:
     def _record(self, verdict: Verdict) -> None:
         assert verdict.on_host is not None
         total, coefficient, skipped = (float(verdict.on_host[at]) for at in range(HEAD))
+        self._keep(verdict, total, coefficient, skipped=bool(skipped))
+        if self.report.skipped_in_a_row > self._max_skips:
+            finite = torch.isfinite(verdict.on_host[HEAD : HEAD + len(verdict.names)]).tolist()
+            bad = [name for name, is_finite in zip(verdict.names, finite, strict=True) if not is_finite]
+            raise NonFiniteError(_explain_skips(self.report, bad, "No weight was changed in these steps."))
+
+    def _keep(self, verdict: Verdict, total: float, coefficient: float, *, skipped: bool) -> None:
         self.report = StepReport(
             step=verdict.step,
             grad_norm=total,
             clip_coefficient=coefficient,
-            skipped=bool(skipped),
+            skipped=skipped,
             skipped_in_a_row=self.report.skipped_in_a_row + 1 if skipped else 0,
             skipped_total=self.report.skipped_total + int(skipped),
         )
-        if self.report.skipped_in_a_row > self._max_skips:
-            raise NonFiniteError(_explain_skips(self.report, verdict))
 
     def _on_device(self, verdict: Verdict, on_host: Tensor, present: Sequence[Trained]) -> None:
         norms = torch.stack([_norm(trained) for trained in present])
@@ -145,6 +158,60 @@ class Judge:
         )
 
 
+class Tally(Judge):
+    """Reports steps with a local verdict; decides for the small parameters on the device, all together.
+
+    Args:
+        lanes: Where it runs.
+        small: How many of these there are.
+        max_skips: Steps in a row in which a parameter may be skipped.
+    """
+
+    def __init__(self, lanes: Lanes, small: int, max_skips: int) -> None:
+        super().__init__(lanes, small, max_skips)
+        self._small: list[str] = []
+
+    def decide(self, verdict: Verdict, present: Sequence[Trained], sums: Sequence[HostSum] = ()) -> None:
+        """Fill in what the small parameters are decided by: those of them that have a gradient."""
+        self._small = [trained.name for trained in present]
+        if not present:
+            return
+        if self._sent is not None:
+            self._lanes.wait_compute(self._sent)
+        norms = torch.stack([_norm(trained) for trained in present])
+        with torch.no_grad():
+            self._device[: HEAD + len(norms)].copy_(torch.cat([judge(list(norms), verdict), norms]))
+        verdict.on_device = self._device[:HEAD]
+        self._sent = self._lanes.copy(
+            [self._landed[: len(norms)]],
+            [self._device[HEAD : HEAD + len(norms)]],
+            "d2h",
+            after=[self._lanes.compute(), *self.readers],
+            priority=-1,
+            tag="verdict",
+        )
+
+    def count(self, verdict: Verdict, stepped: Sequence[Event]) -> None:
+        """Report the step once ``stepped`` have happened.
+
+        Raises:
+            NonFiniteError: As of ``decide``.
+        """
+        after = [*stepped, *([self._sent] if self._sent is not None else [])]
+        small = list(self._small)
+        self.readers = [
+            self._lanes.host(lambda: self._record_own(verdict, small), after=after, priority=-1, tag="report")
+        ]
+
+    def _record_own(self, verdict: Verdict, small: Sequence[str]) -> None:
+        norms = verdict.own_norms | dict(zip(small, self._landed[: len(small)].tolist(), strict=True))
+        bad = [name for name in verdict.names if not math.isfinite(norms[name])]
+        total = total_norm([torch.tensor(norms[name]) for name in verdict.names])
+        self._keep(verdict, float(total), 1.0, skipped=bool(bad))
+        if self.report.skipped_in_a_row > self._max_skips:
+            raise NonFiniteError(_explain_skips(self.report, bad, "It was not changed in this step."))
+
+
 def judge(norms: Sequence[Tensor], verdict: Verdict) -> Tensor:
     """``[total norm, clip coefficient, found_inf]`` from the norms of all gradients, in optimizer order."""
     total = total_norm(norms)
@@ -158,14 +225,11 @@ def judge(norms: Sequence[Tensor], verdict: Verdict) -> Tensor:
     return torch.stack([total, coefficient, bad])
 
 
-def _explain_skips(report: StepReport, verdict: Verdict) -> str:
-    assert verdict.on_host is not None
-    finite = torch.isfinite(verdict.on_host[HEAD : HEAD + len(verdict.names)]).tolist()
-    bad = [name for name, is_finite in zip(verdict.names, finite, strict=True) if not is_finite]
+def _explain_skips(report: StepReport, bad: Sequence[str], unchanged: str) -> str:
     first = f"the first parameter with a non-finite gradient is `{bad[0]}`" if bad else "the norm itself overflowed"
     return (
         f"{report.skipped_in_a_row} steps in a row had a non-finite gradient norm (`max_skips` allows "
-        f"{report.skipped_in_a_row - 1}); in step {report.step} {first}. No weight was changed in these steps. Lower "
+        f"{report.skipped_in_a_row - 1}); in step {report.step} {first}. {unchanged} Lower "
         "the learning rate, look at the loss of these batches, or train in `bf16-mixed` or `32-true`."
     )
 

@@ -150,7 +150,7 @@ def apply_(
     right: Projector,
     delta: Tensor,
     *,
-    decay: float,
+    decay: float | Tensor,
     scale: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
@@ -161,11 +161,12 @@ def apply_(
         left: P.
         right: Q.
         delta: D (d, d), any floating dtype; holds -lr already.
-        decay: 1 - lr * weight decay.
+        decay: 1 - lr * weight decay; a tensor is 0-dim, fp32.
         scale: 0-dim, on the weight's device.
         generator: on the weight's device; a bf16 weight is then rounded stochastically. None: to nearest.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
+    decay = torch.as_tensor(decay, dtype=work)
     turned = delta.t().to(work, memory_format=torch.contiguous_format)
     if scale is not None:
         turned = turned * scale
@@ -177,9 +178,9 @@ def apply_(
         if work == weight.dtype:
             target.mul_(decay).add_(update)
         elif generator is None:
-            torch.add(update, target, alpha=decay, out=target)
+            target.copy_(update.addcmul_(target, decay))
         else:
-            stochastic_round_(target, update.add_(target, alpha=decay), generator)
+            stochastic_round_(target, update.addcmul_(target, decay), generator)
 
 
 def matching_scale(left: Projector, right: Projector) -> Tensor:

@@ -103,8 +103,8 @@ class Dry:
         self.notes: list[str] = []
         units = partition(twin.module, scenario.settings.blocks)
         if scenario.method != NATIVE:
-            method.settings, self.notes = method.resolve(
-                units, scenario.machine, dtypes, accumulates=scenario.micro_batches > 1
+            self.notes = method.resolve(
+                twin.module, units, scenario.machine, dtypes, accumulates=scenario.micro_batches > 1
             )
 
         def attach(lanes: VirtualLanes) -> Driver:
@@ -167,10 +167,13 @@ class Dry:
         driver, machine = self.run.driver, self.scenario.machine
         holds: dict[str, int] = {}
         if isinstance(driver, EngineDriver):
-            holds |= driver.engine.host.holdings
+            held = Counter[str]()
+            for part in driver.engine.senders:
+                held.update(part.holdings)
+            holds |= held
             report = self.run.lanes.memory.report()
             holds["alignment, small buffers"] = report.allocated_bytes - sum(holds.values())
-            holds["casts"] = driver.engine.host.scratch_bytes
+            holds["casts"] = max(part.scratch_bytes for part in driver.engine.senders)
         if machine.device_type == "cpu":
             holds[THE_RUN_ITSELF] = self.device.bytes
         here = sum(t.nbytes for t in tensors_of(self.scenario.module) if t.device.type == "cpu")  # taken already

@@ -314,7 +314,7 @@ def test_the_reference_loop_is_right_on_the_cpu(case: Case) -> None:
 
 @gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("slot_numel", [host.SLOT_NUMEL, 10_000], ids=["whole", "pieces"])
+@pytest.mark.parametrize("slot_numel", [part.SLOT_NUMEL, 10_000], ids=["whole", "pieces"])
 def test_the_bits_of_the_reference_under_random_delays(
     case: Case, slot_numel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

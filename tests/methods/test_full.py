@@ -116,7 +116,7 @@ def test_host_accumulation_moves_gradients_every_micro_batch() -> None:
 
 def test_large_gradients_go_down_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train(Net(), None, clip=Clip(0.05))
-    monkeypatch.setattr("lightning_offload.methods.host.SLOT_NUMEL", 100)
+    monkeypatch.setattr("lightning_offload.methods.part.SLOT_NUMEL", 100)
     for kind in ("checked", "shuffled"):
         run = train(Net(), lanes_of(kind), clip=Clip(0.05))
         assert_same(plain, run)

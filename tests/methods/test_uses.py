@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -292,9 +293,9 @@ def test_what_is_used_early_is_waited_for_when_the_first_forward_begins() -> Non
     net = Net(functional_head=True)
     known = uses_of(net, lambda: net(TOKENS))
     engine = attach(net, known)
-    for flight in engine.arrivals.flights:
-        flight.launch(engine.lanes.compute())
+    landed: list[str] = []
+    for unit in engine.units:
+        engine.arrivals.flights[unit.index].launch(partial(landed.append, unit.name))
     with engine.micro_batch():
-        landed = [unit.name for unit in engine.units if engine.arrivals.flights[unit.index].waited]
-    assert landed == ["head"]
+        assert landed == ["head"]
     engine.detach()

@@ -1,0 +1,338 @@
+"""What every method that has gradients shares: something goes down during backward, the host steps with it.
+
+What goes down, what the step is and what comes up again is the method's: whole gradients and weights in ``host.py``,
+projected ones in ``subspace.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from lightning_offload.errors import OffloadError
+from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.memory.slots import Ring
+from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
+from lightning_offload.methods.homes import AnyHome, UnitHomes
+from lightning_offload.methods.rules import Rule
+from lightning_offload.numerics.norms import gradient_norm
+
+SLOT_NUMEL = 1 << 25
+"""Most elements of one gradient piece on its way down (64 MiB in bf16)."""
+
+CPU_SLOT_NUMEL = 1 << 20
+"""The same where the device is the host: there the ring takes the memory that the arenas are counted in."""
+
+CAST_BYTES = 12
+"""What the casts of a 16-bit wire cost, as memory traffic: they stay in cache but take time.
+
+The step then takes 1.46 (1.27 to 1.53) times the fused fp32 one, whose 28 bytes run at the rate of memory.
+"""
+
+
+class HostPart(ABC, Generic[AnyHome]):
+    """See the module docstring.
+
+    Attributes:
+        trained: What it steps, by unit.
+
+    Args:
+        trained: The same; the parameters are moved to the lanes' device.
+        rule: The update rule of the user's optimizer.
+        lanes: Where it runs.
+        dtypes: Dtypes of weights, masters and moments; the wire has the dtype of each weight.
+        accumulate_on_host: Sum micro-batches on the host in fp32 instead of in ``p.grad``.
+        wants_norms: Whether steps are decided by norms that are taken on the device.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        rule: Rule,
+        lanes: Lanes,
+        dtypes: DTypes,
+        *,
+        accumulate_on_host: bool,
+        wants_norms: bool,
+    ) -> None:
+        self.trained = sorted(trained, key=lambda t: (t.unit.index, t.group, t.position))
+        self._rule = rule
+        self._lanes = lanes
+        self._dtypes = dtypes
+        self._on_host = accumulate_on_host
+        self._wants_norms = wants_norms
+        self._units = [
+            UnitHomes(index, self._make_homes(list(members)))
+            for index, members in groupby(self.trained, key=lambda t: t.unit.index)
+        ]
+        self._home = {home.trained.name: home for unit in self._units for home in unit.homes}
+        self._unit = {home.trained.name: unit for unit in self._units for home in unit.homes}
+        self._rings = {dtype: self._make_ring(dtype) for dtype in {home.wire.dtype for home in self._home.values()}}
+
+    # What a method fills in.
+
+    _what: ClassVar[str] = "gradients"
+    """What goes down, as the ledger calls it."""
+
+    @abstractmethod
+    def _make_homes(self, members: list[Trained]) -> list[AnyHome]:
+        """The homes of one unit."""
+
+    @abstractmethod
+    def _payload(self, home: AnyHome, moment: Moment) -> Tensor:
+        """What of ``p.grad`` goes down, flat, in the wire's dtype or wider; ``p.grad`` is dropped afterwards."""
+
+    @abstractmethod
+    def _recall(self, home: AnyHome) -> None:
+        """Take back into ``p.grad`` what has gone down, for a second gradient has come; nothing is in flight."""
+
+    @abstractmethod
+    def _host_step(self, homes: list[AnyHome], groups: Groups, verdict: Verdict) -> None:
+        """The step, on the host lane: from what is on the wires (or in the totals) to what comes up from them."""
+
+    @abstractmethod
+    def _step_bytes(self, home: AnyHome) -> int:
+        """Host memory traffic of one element's step."""
+
+    @abstractmethod
+    def _launch(self, unit: UnitHomes[AnyHome], backward_done: Event) -> None:
+        """Send up what the unit's step has made."""
+
+    @abstractmethod
+    def adopt(self) -> None:
+        """See ``Part.adopt``."""
+
+    @abstractmethod
+    def state_of(self, trained: Trained) -> dict[str, Tensor]:
+        """See ``Part.state_of``."""
+
+    @abstractmethod
+    def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
+        """See ``Part.load_state_of``."""
+
+    @abstractmethod
+    def master_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.master_of``."""
+
+    @property
+    @abstractmethod
+    def holdings(self) -> dict[str, int]:
+        """Bytes in host memory by what they hold."""
+
+    def _step_after(self, unit: UnitHomes[AnyHome]) -> list[Event]:
+        """What else the unit's step comes after, beside its gradients and the verdict."""
+        return []
+
+    def _stepped_early(self, unit: UnitHomes[AnyHome]) -> None:
+        """The unit steps under backward."""
+
+    # Part.
+
+    def gradient_ready(self, trained: Trained, moment: Moment) -> None:
+        """See ``Part.gradient_ready``."""
+        home = self._home[trained.name]
+        if home.late:
+            return
+        if home.taken and not self._on_host:
+            self._refuse_stepped(home)
+            self._lanes.synchronize()
+            self._recall(home)
+            home.taken, home.late, home.landed = False, True, []
+            return
+        self._take(home, moment)
+        if moment.early is not None:
+            home.final = True
+            self._step_if_complete(self._unit[trained.name], *moment.early)
+
+    def collect(self, step: int) -> None:
+        """See ``Part.collect``."""
+        for home in self._home.values():
+            if self._waits(home):
+                self._take(home, Moment(step, last=True))
+
+    def has_gradient(self, trained: Trained) -> bool:
+        """See ``Part.has_gradient``."""
+        return self._home[trained.name].taken
+
+    def host_norms(self) -> list[tuple[Trained, Tensor, list[Event]]]:
+        """Sums over micro-batches on the host, and the events after which they may be read."""
+        homes = [home for home in self._home.values() if home.taken and home.total is not None]
+        return [(home.trained, home.total, home.events) for home in homes if home.total is not None]
+
+    def update(self, groups: Groups, verdict: Verdict, backward_done: Event) -> list[Event]:
+        """See ``Part.update``."""
+        readers = []
+        for unit in self._units:
+            if unit.taken:
+                if unit.stepped is None:
+                    unit.stepped = self._step(unit, groups, verdict)
+                readers.append(unit.stepped)
+                self._launch(unit, backward_done)
+        self._forget()
+        return readers
+
+    def drop(self) -> None:
+        """See ``Part.drop``."""
+        self._forget()
+
+    def pending_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.pending_of``."""
+        home = self._home[trained.name]
+        return home.total if home.total is not None and home.taken else None
+
+    def load_pending_of(self, trained: Trained, gradient: Tensor) -> None:
+        """The inverse of ``pending_of``."""
+        home = self._home[trained.name]
+        assert home.total is not None
+        home.total.copy_(gradient.reshape(-1))
+        home.taken = True
+
+    # Beside the protocol.
+
+    @property
+    def device_bytes(self) -> int:
+        """What it holds on the device: here the rings in which gradients leave."""
+        return sum(ring.nbytes for ring in self._rings.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Host memory in which it works, beside the arenas."""
+        return 0
+
+    def extras(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the optimizer's state, by parameter name; nothing is in flight."""
+        return {}
+
+    def load_extras(self, extras: Mapping[str, Any]) -> None:
+        """The inverse of ``extras``.
+
+        Raises:
+            CheckpointError: They do not fit the settings of this run.
+        """
+
+    def free_rings(self) -> None:
+        """Give the rings back to the device; nothing is in flight, and nothing will be sent any more."""
+        self._rings = {}
+
+    def step_all(self, groups: Groups, verdict: Verdict) -> None:
+        """The host work of one step without any copy, for measuring it: whatever is on the wire is the gradient."""
+        for unit in self._units:
+            self._host_step(unit.homes, groups, verdict)
+
+    # Buffers.
+
+    def _carve(self, label: str, sizes: Sequence[int], kinds: Sequence[tuple[torch.dtype, Any]]) -> list[Tensor]:
+        """One flat buffer per size; those of one dtype and place share one exact region."""
+        made: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(kinds):
+            chosen = [at for at, other in enumerate(kinds) if other == kind]
+            name = ".".join([label, *(str(part) for part in kind)])
+            made |= dict(zip(chosen, self._lanes.buffers(name, [sizes[at] for at in chosen], *kind), strict=True))
+        return [made[at] for at in range(len(sizes))]
+
+    def _carve_states(self, label: str, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Optimizer state, by member."""
+        kinds = [(self._dtypes.moments, "host")] * len(sizes)
+        states = {name: self._carve(f"{label}.{name}", sizes, kinds) for name in self._rule.states}
+        return [{name: tensors[at] for name, tensors in states.items()} for at in range(len(sizes))]
+
+    def _carve_totals(self, label: str, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+        """Sums over micro-batches, where they are on the host."""
+        if not self._on_host:
+            return [None] * len(sizes)
+        return self._carve(f"{label}.total", sizes, [(torch.float32, "host")] * len(sizes))
+
+    def _make_ring(self, dtype: torch.dtype) -> Ring:
+        """Device buffers for about one block's gradients, so that compute never waits for the link within a block."""
+        homes = [home for home in self._home.values() if home.wire.dtype == dtype]
+        bound = min(SLOT_NUMEL, CPU_SLOT_NUMEL) if self._lanes.shares_memory else SLOT_NUMEL
+        slot = min(max(home.wire.numel() for home in homes), bound)
+        largest = max(sum(home.wire.numel() for home in unit.homes) for unit in self._units)
+        return Ring(self._lanes, f"{self._what}.{dtype}", slot, dtype, min(max(-(-largest // slot), 2), 8))
+
+    # Taking.
+
+    def _waits(self, home: AnyHome) -> bool:
+        """Whether there is a gradient that has not been taken."""
+        return home.trained.parameter.grad is not None
+
+    def _take(self, home: AnyHome, moment: Moment) -> None:
+        """Send the gradient down, and free it."""
+        payload = self._payload(home, moment)
+        home.trained.parameter.grad = None
+        if self._wants_norms and not self._on_host:
+            home.trained.norm = gradient_norm(payload)
+        self._send(home, payload)
+        if home.total is not None:
+            self._add(home, home.total)
+        home.taken = True
+
+    def _send(self, home: AnyHome, payload: Tensor) -> None:
+        """Piece by piece through the ring."""
+        ring = self._rings[home.wire.dtype]
+        # the wire is free: what went up from it has arrived, the last micro-batch has been added
+        before = [event for event in (self._unit[home.trained.name].arrived, home.added) if event is not None]
+        home.landed = []
+        for start in range(0, payload.numel(), ring.numel):
+            piece = payload[start : start + ring.numel]
+            slot = ring.take()
+            buffer = slot.buffer[: piece.numel()]
+            buffer.copy_(piece)
+            slot.free = self._lanes.copy(
+                [home.wire[start : start + piece.numel()]],
+                [buffer],
+                "d2h",
+                after=[self._lanes.compute(), *before],
+                priority=home.trained.flight.order,
+                tag=self._what,
+            )
+            home.landed.append(slot.free)
+
+    def _add(self, home: AnyHome, total: Tensor) -> None:
+        first, wire = not home.taken, home.wire
+        home.added = self._lanes.host(
+            lambda: total.copy_(wire) if first else total.add_(wire),
+            after=home.landed,  # which came after the last addition
+            priority=home.trained.flight.order,
+            tag="accumulate",
+            traffic_bytes=total.numel() * (8 + wire.element_size()),
+        )
+
+    def _refuse_stepped(self, home: AnyHome) -> None:
+        """A second gradient in one step: with several backwards, or tied weights under reentrant checkpointing."""
+        trained = home.trained
+        if self._unit[trained.name].stepped is not None:
+            raise OffloadError(
+                f"`{trained.name}` received a second gradient in one step after its update had started. Set "
+                "`skip_nonfinite=True`, or clip gradients, so that updates wait for the end of backward."
+            )
+
+    # Stepping.
+
+    def _step_if_complete(self, unit: UnitHomes[AnyHome], groups: Groups, verdict: Verdict) -> None:
+        if all(home.final for home in unit.homes):
+            unit.stepped = self._step(unit, groups, verdict)
+            self._stepped_early(unit)
+
+    def _step(self, unit: UnitHomes[AnyHome], groups: Groups, verdict: Verdict) -> Event:
+        homes = unit.taken
+        after = [event for home in homes for event in home.events] + self._step_after(unit)
+        after += [verdict.host_ready] if verdict.host_ready is not None else []
+        return self._lanes.host(
+            lambda: self._host_step(homes, groups, verdict),
+            after=after,
+            priority=unit.flight.order,
+            tag="step",
+            traffic_bytes=sum(home.wire.numel() * self._step_bytes(home) for home in homes),
+        )
+
+    def _forget(self) -> None:
+        for home in self._home.values():
+            home.taken, home.final, home.landed, home.added, home.trained.norm = False, False, [], None, None
+        for unit in self._units:
+            unit.stepped = None

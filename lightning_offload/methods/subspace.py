@@ -1,0 +1,420 @@
+"""The subspace optimizer of ``lsp``: compressed gradients go down, the host steps them, deltas come up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_offload.errors import CheckpointError
+from lightning_offload.memory.lanes import Event, lane_context, nbytes
+from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
+from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
+from lightning_offload.methods.homes import CHUNK_NUMEL, Home, UnitHomes, chunks, clip_, settle, skips, weight_dtype
+from lightning_offload.methods.part import CAST_BYTES, HostPart
+from lightning_offload.methods.projections import HostPairs, Pair, Projections, seed_for
+from lightning_offload.methods.rules import Rule
+from lightning_offload.numerics.projector import Projector, apply_, compress, transfer, transition
+
+if TYPE_CHECKING:
+    from lightning_offload.methods.lsp import LSPSettings
+    from lightning_offload.methods.method import Site
+
+AHEAD = 3
+"""Units whose deltas may be on the device at once: one in use, one that has arrived, one on its way."""
+
+SKIPPED = float("nan")
+"""First element of a delta that must change nothing, not even by weight decay."""
+
+
+@dataclass(eq=False, kw_only=True)
+class SubspaceHome(Home):
+    """The home of a projected weight; ``wire``, ``states`` and ``total`` are d x d.
+
+    Attributes:
+        projections: Where its projectors come from; several homes may share them.
+        pair: The projectors in use.
+        next: Those that follow once the delta under way has been applied.
+        decay: What the weight is multiplied by when that happens.
+        step_made: Number of the optimizer step that has made it.
+        stepped: That step on the host.
+        under_way: Whether its delta has yet to be applied.
+        transferred: The last transfer of its moments.
+        held: Sum of compressed gradients on the device, where several come in a step.
+    """
+
+    projections: Projections
+    pair: Pair
+    next: Pair | None = None
+    decay: float = 1.0
+    step_made: int = 0
+    stepped: Event | None = None
+    under_way: bool = False
+    transferred: Event | None = None
+    held: Tensor | None = None
+
+
+class SubspaceOptimizer(HostPart[SubspaceHome]):
+    """See the module docstring, and ``HostPart``.
+
+    Args:
+        trained: The weights that it steps; moved to the lanes' device.
+        site: Where and with what.
+        settings: Of the method, resolved.
+    """
+
+    _what: ClassVar[str] = "compressed gradients"
+
+    def __init__(self, trained: Sequence[Trained], site: Site, settings: LSPSettings) -> None:
+        self._settings = settings
+        self._projections: dict[str, Projections] = {}
+        super().__init__(
+            trained,
+            site.rule,
+            site.lanes,
+            site.dtypes,
+            accumulate_on_host=site.accumulate_on_host,
+            wants_norms=site.wants_norms,
+        )
+        sizes = [slot_bytes([(home.wire.numel(), home.wire.dtype) for home in unit.homes]) for unit in self._units]
+        self._deliveries = Deliveries(self._lanes, [unit.flight for unit in self._units], max(sizes), AHEAD)
+        self._sent: set[int] = set()
+        self._noise = torch.Generator(self._lanes.device)
+        self._spread_refits()
+
+    @staticmethod
+    def host_bytes(trained: Sequence[Trained], rule: Rule, dtypes: DTypes, settings: LSPSettings) -> int:
+        """Exactly what the host arenas will hold."""
+        total, keys = 0, set()
+        for t in trained:
+            rows, columns = t.parameter.shape
+            wire, dim = weight_dtype(t.parameter, dtypes).itemsize, settings.dim_of(rows, columns)
+            total += dim**2 * (wire + 4 * len(rule.states) + 4 * (settings.accumulate == "host"))
+            key = _sharing_key(t, settings)
+            if settings.transfers and key not in keys:
+                total += HostPairs.nbytes_for((rows, columns), wire, settings)
+            keys.add(key)
+        return total
+
+    # Part.
+
+    def update(self, groups: Groups, verdict: Verdict, backward_done: Event) -> list[Event]:
+        """See ``Part.update``."""
+        readers = super().update(groups, verdict, backward_done)
+        self._sent.clear()
+        self._deliveries.settle()
+        self._carry_moments_over()
+        return readers
+
+    def drop(self) -> None:
+        """See ``Part.drop``."""
+        super().drop()
+        self._sent.clear()
+        for home in self._home.values():
+            home.held, home.next, home.projections.pair = None, None, home.pair
+
+    def adopt(self) -> None:
+        """See ``Part.adopt``: there is no master, the weight itself is the truth."""
+
+    def state_of(self, trained: Trained) -> dict[str, Tensor]:
+        """See ``Part.state_of``: torch's layout has no place for a subspace; see ``extras``."""
+        return {}
+
+    def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
+        """See ``Part.load_state_of``: moments start anew unless ``load_extras`` follows."""
+        home = self._home[trained.name]
+        for tensor in (*home.states.values(), home.step):
+            tensor.zero_()
+
+    def master_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.master_of``."""
+        return None
+
+    # Beside the protocol.
+
+    @property
+    def holdings(self) -> dict[str, int]:
+        """Bytes in host memory by what they hold."""
+        homes = self._home.values()
+        held = {
+            "optimizer state in subspaces": [state for home in homes for state in home.states.values()],
+            "wire (compressed gradients down, deltas up)": [home.wire for home in homes],
+            "sums over micro-batches": [home.total for home in homes if home.total is not None],
+            "projectors, for moments": [
+                tensor for p in self._projections.values() if p.on_host is not None for tensor in p.on_host.tensors
+            ],
+        }
+        return {name: nbytes(tensors) for name, tensors in held.items() if tensors}
+
+    @property
+    def device_bytes(self) -> int:
+        """Rings, slots of deltas, projectors."""
+        return super().device_bytes + self._deliveries.nbytes + self.projector_bytes
+
+    @property
+    def projector_bytes(self) -> int:
+        """Device bytes of the projectors."""
+        return sum(projections.pair.nbytes for projections in self._projections.values())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Host memory in which deltas are made, beside the arenas."""
+        return 2 * 4 * max(min(CHUNK_NUMEL, home.wire.numel()) for home in self._home.values())
+
+    def free_rings(self) -> None:
+        """Give rings and slots back to the device."""
+        super().free_rings()
+        self._deliveries.close()
+
+    def extras(self) -> dict[str, Any]:
+        """Projectors and moments (d, d) by name."""
+        return {name: self._extras_of(home) for name, home in self._home.items()}
+
+    def load_extras(self, extras: Mapping[str, Any]) -> None:
+        """See ``HostPart.load_extras``."""
+        for name, home in self._home.items():
+            if name not in extras:
+                raise CheckpointError(f"The checkpoint has no projectors for `{name}`, which this run projects.")
+            self._load_extras_of(home, extras[name])
+
+    # Down.
+
+    def _make_homes(self, members: list[Trained]) -> list[SubspaceHome]:
+        label = members[0].unit.name or "model"
+        dims = [self._settings.dim_of(*t.parameter.shape) for t in members]
+        sizes, dtypes = [dim**2 for dim in dims], [weight_dtype(t.parameter, self._dtypes) for t in members]
+        wires = self._carve(f"{label}.subspace wire", sizes, [(dtype, "pinned") for dtype in dtypes])
+        states = self._carve_states(f"{label}.subspace", sizes)
+        totals = self._carve_totals(f"{label}.subspace", sizes)
+        homes = []
+        for at, t in enumerate(members):
+            settle(t.parameter, self._lanes.device, dtypes[at])
+            self._lanes.watch(t.name, t.parameter)
+            projections = self._projections_of(t, dims[at], dtypes[at])
+            step = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
+            home = SubspaceHome(
+                trained=t,
+                wire=wires[at],
+                states=states[at],
+                step=step,
+                total=totals[at],
+                projections=projections,
+                pair=projections.pair,
+            )
+            projections.members.append(t.name)
+            homes.append(home)
+        return homes
+
+    def _projections_of(self, trained: Trained, dim: int, dtype: torch.dtype) -> Projections:
+        key, (rows, columns) = _sharing_key(trained, self._settings), trained.parameter.shape
+        if key not in self._projections:
+            with lane_context(self._lanes.device):
+                self._projections[key] = Projections(key, (rows, columns), dim, self._settings, self._lanes, dtype)
+        return self._projections[key]
+
+    def _spread_refits(self) -> None:
+        """Units take turns (shared projectors do), so that no step waits for more than one; a batch serves all."""
+        every = self._settings.refit_every
+        if self._settings.calibration == "batch" or not isinstance(every, int):
+            return
+        turn = {name: place for place, unit in enumerate(self._units) for name in (h.trained.name for h in unit.homes)}
+        for place, projections in enumerate(self._projections.values()):
+            shared = self._settings.share == "type"
+            turns, own = (len(self._projections), place) if shared else (len(self._units), turn[projections.members[0]])
+            projections.offset = own * every // turns
+
+    def _waits(self, home: SubspaceHome) -> bool:
+        return super()._waits(home) or home.held is not None
+
+    def _payload(self, home: SubspaceHome, moment: Moment) -> Tensor:
+        """S; on the way, whether the projectors still serve."""
+        held, home.held = home.held, None
+        if home.trained.parameter.grad is None:
+            assert held is not None
+            return held
+        with lane_context(self._lanes.device):
+            gradient, projections = home.trained.gradient(), home.projections
+            if not projections.fitted:
+                self._first_fit(projections, gradient)
+            compressed = compress(home.pair.left, home.pair.right, gradient).reshape(-1)
+            if moment.last and self._settings.calibration == "train" and projections.is_due(home.trained.name, moment):
+                self._refit(projections, gradient)
+            return compressed if held is None else held.add_(compressed)
+
+    def _recall(self, home: SubspaceHome) -> None:
+        with lane_context(self._lanes.device):
+            compressed = compress(home.pair.left, home.pair.right, home.trained.gradient()).reshape(-1)
+            home.held = compressed.add_(home.wire.to(compressed.device))
+        home.trained.parameter.grad = None
+
+    def _first_fit(self, projections: Projections, gradient: Tensor) -> None:
+        """At once: nothing has been made in the random subspace yet."""
+        projections.first_fit(gradient)
+        for name in projections.members:
+            self._home[name].pair = projections.pair
+
+    def _refit(self, projections: Projections, gradient: Tensor) -> None:
+        """New projectors, if these miss too much; in use once the delta under way has been applied."""
+        threshold = self._settings.bias_threshold
+        if threshold and projections.bias(gradient) <= threshold:
+            return
+        pair = projections.replaced(gradient)
+        for name in projections.members:
+            self._home[name].next = pair
+
+    # On the host.
+
+    def _step(self, unit: UnitHomes[SubspaceHome], groups: Groups, verdict: Verdict) -> Event:
+        for home in unit.taken:
+            group = groups[home.trained.group]
+            home.decay = 1 - float(group["lr"]) * group["weight_decay"]
+            home.step_made = verdict.step
+        return super()._step(unit, groups, verdict)
+
+    def _step_after(self, unit: UnitHomes[SubspaceHome]) -> list[Event]:
+        return [home.transferred for home in unit.taken if home.transferred is not None]
+
+    def _host_step(self, homes: list[SubspaceHome], groups: Groups, verdict: Verdict) -> None:
+        for home in homes:
+            if skips(home, verdict):
+                home.wire[0] = SKIPPED
+            else:
+                clip_([home.gradient], verdict)
+                self._make_delta(home, {**groups[home.trained.group], "weight_decay": 0.0})
+
+    def _make_delta(self, home: SubspaceHome, group: Mapping[str, Any]) -> None:
+        """The rule moves zeros by -lr times its direction: that is the delta."""
+        numel, count = home.wire.numel(), home.step.clone()
+        size = min(CHUNK_NUMEL, numel)
+        deltas, wide = self._lanes.scratch(2 * size, torch.float32).split(size)
+        for part in chunks(numel):
+            delta, gradient = deltas[: part.stop - part.start].zero_(), home.gradient[part]
+            if gradient.dtype != torch.float32:
+                gradient = wide[: len(delta)].copy_(gradient)
+            home.step.copy_(count)  # every chunk is the same step
+            states = {name: [tensor[part]] for name, tensor in home.states.items()}
+            self._rule.step_([delta], [gradient], states, [home.step], group)
+            home.wire[part].copy_(delta)
+
+    def _step_bytes(self, home: SubspaceHome) -> int:
+        """Gradient read, states read and written, delta written."""
+        moved = home.gradient.element_size() + 8 * len(self._rule.states) + home.wire.element_size()
+        return moved + CAST_BYTES * (home.wire.element_size() == 2)
+
+    def _carry_moments_over(self) -> None:
+        """After this step and before the next, moments follow the new projectors."""
+        for projections in self._projections.values():
+            homes = [self._home[name] for name in projections.members]
+            old, new, on_host = homes[0].pair, homes[0].next, projections.on_host
+            if new is None:
+                continue
+            arrived = [on_host.send_down(old, new)] if on_host is not None else []
+            for home in homes:
+                home.transferred = self._lanes.host(
+                    partial(self._transfer, home, on_host),
+                    after=[*arrived, *([home.stepped] if home.stepped is not None else [])],
+                    priority=home.trained.flight.order,
+                    tag="moments",
+                    traffic_bytes=4 * nbytes(home.states.values()),
+                )
+                if not home.under_way:
+                    home.pair, home.next = new, None
+            if on_host is not None:
+                on_host.readers = [home.transferred for home in homes if home.transferred is not None]
+
+    def _transfer(self, home: SubspaceHome, on_host: HostPairs | None) -> None:
+        if on_host is None:
+            self.load_state_of(home.trained, {})
+            return
+        old, new = on_host.both
+        left, right = transition(new.left, old.left), transition(old.right, new.right)
+        rule: Any = self._settings.moments
+        mean, square = (home.states[name].view(new.left.dim, -1) for name in ("exp_avg", "exp_avg_sq"))
+        carried = transfer(mean, square, left, right, rule=rule)
+        mean.copy_(carried[0])
+        square.copy_(carried[1])
+
+    # Up.
+
+    def _stepped_early(self, unit: UnitHomes[SubspaceHome]) -> None:
+        self._send_up(unit)
+
+    def _launch(self, unit: UnitHomes[SubspaceHome], backward_done: Event) -> None:
+        if unit.index not in self._sent:
+            self._send_up(unit)
+
+    def _send_up(self, unit: UnitHomes[SubspaceHome]) -> None:
+        assert unit.stepped is not None
+        self._sent.add(unit.index)
+        homes = unit.taken
+        for home in homes:
+            home.stepped, home.under_way = unit.stepped, True
+        parcel = Parcel(unit.flight, [home.wire for home in homes], unit.stepped, partial(self._apply, unit, homes))
+        self._deliveries.send(parcel)
+
+    def _apply(
+        self, unit: UnitHomes[SubspaceHome], homes: Sequence[SubspaceHome], parcel: Parcel, deltas: Sequence[Tensor]
+    ) -> None:
+        """On the compute lane, before the unit's forward."""
+        unit.arrived = parcel.left
+        with lane_context(self._lanes.device):
+            for home, delta in zip(homes, deltas, strict=True):
+                self._apply_one(home, delta.view(home.pair.left.dim, -1))
+                home.under_way = False
+                if home.next is not None:
+                    home.pair, home.next = home.next, None
+
+    def _apply_one(self, home: SubspaceHome, delta: Tensor) -> None:
+        decay: float | Tensor = home.decay
+        if self._settings.skip_nonfinite:
+            skipped = delta[0, 0].isnan()
+            delta, decay = delta.masked_fill(skipped, 0.0), torch.where(skipped, 1.0, decay)
+        weight, noise = home.trained.parameter.detach(), None
+        if self._dtypes.rounding == "stochastic" and weight.dtype == torch.bfloat16:
+            seed = seed_for(self._settings.seed, home.trained.name, home.step_made)
+            noise = self._noise.manual_seed(seed)
+        apply_(weight, home.pair.left, home.pair.right, delta, decay=decay, scale=home.pair.scale, generator=noise)
+
+    # State.
+
+    def _extras_of(self, home: SubspaceHome) -> dict[str, Any]:
+        dim, pair = home.pair.left.dim, home.pair
+        return {
+            "dim": dim,
+            "draws": home.projections.draws,
+            "fitted": home.projections.fitted,
+            "left": {"values": pair.left.values.cpu(), "order": _cpu(pair.left.order)},
+            "right": {"values": pair.right.values.cpu(), "order": _cpu(pair.right.order)},
+            "step": home.step.clone(),
+            **{name: tensor.view(dim, dim) for name, tensor in home.states.items()},
+        }
+
+    def _load_extras_of(self, home: SubspaceHome, saved: Mapping[str, Any]) -> None:
+        dim, rows = home.pair.left.dim, home.trained.parameter.shape[0]
+        values = saved["left"]["values"]
+        if saved["dim"] != dim or values.shape != (rows, self._settings.nnz):
+            raise CheckpointError(
+                f"The checkpoint has projected `{home.trained.name}` to dim={saved['dim']} with nnz={values.shape[1]}, "
+                f"this run to dim={dim} with nnz={self._settings.nnz}: continue with the settings of the checkpoint."
+            )
+        left, right = (Projector(saved[side]["values"], dim, saved[side]["order"]) for side in ("left", "right"))
+        home.pair = home.projections.restore(left, right, saved["draws"], fitted=saved["fitted"])
+        home.step.copy_(saved["step"])
+        for name, tensor in home.states.items():
+            tensor.copy_(saved[name].reshape(-1))
+
+
+def _sharing_key(trained: Trained, settings: LSPSettings) -> str:
+    """What has projectors of its own: a matrix, or all of one name (below its block) and shape."""
+    if settings.share == "matrix":
+        return trained.name
+    rows, columns = trained.parameter.shape
+    return f"{trained.name.removeprefix(trained.unit.name)} {rows} x {columns}"
+
+
+def _cpu(order: Tensor | None) -> Tensor | None:
+    return None if order is None else order.cpu()
