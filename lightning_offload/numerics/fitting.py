@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,9 +72,8 @@ def fit(
         Projectors like ``left`` and ``right``, their values in the dtypes given.
     """
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    p, q = left.to(dtype=wide.dtype), right.to(dtype=wide.dtype)
-    values = [p.values.clone(), q.values.clone()]
-    p, q = Projector(values[0], p.dim, p.order), Projector(values[1], q.dim, q.order)
+    values = [side.values.to(wide.dtype, copy=True) for side in (left, right)]
+    p, q = replace(left, values=values[0]).expanded(), replace(right, values=values[1]).expanded()
     exp_avgs, exp_avg_sqs = ([torch.zeros_like(v) for v in values] for _ in range(2))
     counts = [torch.zeros((), device=wide.device) for _ in values]
     for step in range(steps):
@@ -95,7 +94,8 @@ def fit(
             weight_decay=weight_decay,
             decoupled=True,
         )
-    return p.to(dtype=left.values.dtype), q.to(dtype=right.values.dtype)
+    fitted_left, fitted_right = values[0].to(left.values.dtype), values[1].to(right.values.dtype)
+    return replace(left, values=fitted_left), replace(right, values=fitted_right)
 
 
 def error_and_gradients(left: Projector, right: Projector, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -104,7 +104,7 @@ def error_and_gradients(left: Projector, right: Projector, gradient: Tensor) -> 
     With S = P^T G Q and T = P^T R Q: ``df/dP ~ (R Q) S^T + (G Q) T^T`` and ``df/dQ ~ (R^T P) S + (G^T P) T``, where
     ``R Q = P S Q^T Q - G Q`` and ``R^T P = Q S^T P^T P - G^T P`` need no R.
     """
-    gq, gp = project(right, gradient.t()).t(), project(left, gradient).t()
+    gq, gp = project(right, gradient.t()).t().contiguous(), project(left, gradient).t().contiguous()
     s = project(left, gq)
     s_right, s_left = _gram(right, s.t()).t(), _gram(left, s)
     t = _gram(left, s_right) - s
@@ -168,8 +168,12 @@ def _round_trip(left: Projector, right: Projector, s: Tensor) -> Tensor:
 def _sampled(p: Projector, x: Tensor, y: Tensor) -> Tensor:
     """Of x y^T what stands at the nonzeros of P: x (rows, k), y (dim, k) -> (rows, nnz)."""
     if p.order is not None:
-        columns = columns_of(p)
-        return torch.stack([(x * y[columns[:, band]]).sum(1) for band in range(p.nnz)], 1)
+        bags = torch.arange(p.rows, device=x.device)
+        of_nonzero = bags.unsqueeze(1).expand(-1, p.nnz).flatten()
+        sampled: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x.contiguous(), y.contiguous(), columns_of(p).flatten(), bags * p.nnz, of_nonzero, 0
+        )
+        return sampled.view(p.rows, p.nnz)
     out = x.new_empty(p.rows, p.nnz)
     for rows, span, groups in block_spans(p.rows, p.dim, p.nnz):
         blocks = y[span].unflatten(0, (groups, p.nnz)).transpose(1, 2)

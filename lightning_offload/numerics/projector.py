@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,11 +35,13 @@ class Projector:
         order: (nnz, rows) int16 (int32 above 32,767 rows): in band k (columns k d/r .. (k+1) d/r) the row
             ``order[k, i]`` sits in column ``k d/r + i mod d/r``. None: block-diagonal over adjacent rows, where the
             first ``rows mod (d/r)`` of the d/r groups have one row more.
+        columns: what ``columns_of`` gives, if it is at hand; never part of a state.
     """
 
     values: Tensor
     dim: int
     order: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -53,13 +55,17 @@ class Projector:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and order."""
+        """Bytes of values and order: what is kept."""
         return self.values.nbytes + (0 if self.order is None else self.order.nbytes)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Projector:
         """A copy elsewhere; ``dtype`` is that of the values, the order keeps its own."""
         order = None if self.order is None else self.order.to(device=device)
         return Projector(self.values.to(device=device, dtype=dtype), self.dim, order)
+
+    def expanded(self) -> Projector:
+        """The same with indices as gathers want them, for many uses in a row."""
+        return self if self.order is None else replace(self, order=self.order.long(), columns=columns_of(self))
 
 
 def draw_sparse(
@@ -225,6 +231,8 @@ def transfer(
 def columns_of(p: Projector) -> Tensor:
     """(rows, nnz) int64: the column of each nonzero."""
     device = p.values.device
+    if p.columns is not None:
+        return p.columns
     if p.order is None:
         columns = torch.empty(p.rows, p.nnz, dtype=torch.int64, device=device)
         for rows, span, groups in block_spans(p.rows, p.dim, p.nnz):
