@@ -115,6 +115,8 @@ class Meter(TorchDispatchMode):
         flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
         self.flops += flops
         if self.on_work is not None:
+            if "out" in kwargs:  # written, not read
+                inputs = _tensors((args, {**kwargs, "out": None}))
             narrow = bool(outputs) and outputs[0].dtype in (torch.bfloat16, torch.float16)
             written = outputs or _written(func, args, kwargs)
             self.on_work(Work(flops, _traffic(func, inputs, written), narrow))
@@ -233,4 +235,4 @@ _FREE = {
 """Not views, and yet no kernel runs."""
 
 _LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
-_OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
+_OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.random_}
