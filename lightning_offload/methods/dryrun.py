@@ -7,7 +7,6 @@ schedule or another machine cost little.
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -295,21 +294,9 @@ class DryRun:
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        with pretending(), warnings.catch_warnings(), _uncollected(), self._twin.mode, self.meter:
+        with pretending(), warnings.catch_warnings(), self._twin.mode, self.meter:
             warnings.simplefilter("ignore")
             yield
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector: a third of the time goes to looking through objects that are all in use."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 _OWN_STEP = "Pass `step=`, a function (module, batch) -> loss that leaves this out."
