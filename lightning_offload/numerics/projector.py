@@ -167,26 +167,26 @@ def apply_(
         left: P.
         right: Q.
         delta: D (d, d), any floating dtype; holds -lr already.
-        decay: 1 - lr * weight decay; a tensor is 0-dim, fp32.
+        decay: 1 - lr * weight decay; a tensor is 0-dim, fp32, on the weight's device.
         scale: 0-dim, on the weight's device.
         generator: on the weight's device; a bf16 weight is then rounded stochastically. None: to nearest.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
-    decay = torch.as_tensor(decay, dtype=work)
-    turned = delta.t().to(work, memory_format=torch.contiguous_format)
+    factor = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=work, device=weight.device)
+    turned = delta.new_empty(delta.t().shape, dtype=work).copy_(delta.t())
     if scale is not None:
-        turned = turned * scale
+        turned.mul_(scale)
     rows = columns_of(left) if left.order is not None else None
     columns = columns_of(right) if right.order is not None else None
     for span, inner in _chunks(right, max(1, CHUNK_NUMEL // left.rows)):
         half = _lift(right.values[span], None if columns is None else columns[span], turned[inner])
         update, target = _lift(left.values, rows, half.t()), weight[:, span]
         if work == weight.dtype:
-            target.mul_(decay).add_(update)
+            target.mul_(factor).add_(update)
         elif generator is None:
-            target.copy_(update.addcmul_(target, decay))
+            torch.addcmul(update, target, factor, out=target)
         else:
-            stochastic_round_(target, update.addcmul_(target, decay), generator)
+            stochastic_round_(target, update.addcmul_(target, factor), generator)
 
 
 def matching_scale(left: Projector, right: Projector) -> Tensor:

@@ -151,7 +151,7 @@ def test_applying_equals_the_dense_update(draw: Draw, nnz: int, shape: tuple[int
     apply_(fp32, left, right, delta, decay=0.9, scale=scale)
     close(fp32, expected)
     nearest, stochastic = before.clone(), before.clone()
-    apply_(nearest, left, right, delta, decay=0.9, scale=scale)
+    apply_(nearest, left, right, delta, decay=torch.tensor(0.9), scale=scale)
     apply_(stochastic, left, right, delta, decay=0.9, scale=scale, generator=seeded())
     assert (nearest != fp32.to(torch.bfloat16)).float().mean() < 1e-3  # on either side of a tie
     ulp = torch.finfo(torch.bfloat16).eps * expected.abs()
@@ -177,6 +177,20 @@ def test_pieces_change_nothing(
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
     assert torch.equal(wide[:, 4:-5], pieces)
     assert wide[:, :4].count_nonzero() == wide[:, -5:].count_nonzero() == 0
+
+
+@both_layouts
+def test_autocast_changes_no_bit(draw: Draw) -> None:
+    left, right = pair(draw, 160, 448, 8)
+    before = torch.randn(160, 448, generator=seeded(1))
+    inside, outside = before.clone(), before.clone()
+    apply_(outside, left, right, compress(left, right, before), decay=0.9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compress(left, right, before)
+        assert found.dtype == torch.float32
+        assert compress_activations(left, right, before.t(), torch.ones(448, 448)).dtype == torch.float32
+        apply_(inside, left, right, found, decay=0.9)
+    assert torch.equal(inside, outside)
 
 
 @both_layouts
