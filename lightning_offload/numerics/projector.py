@@ -181,7 +181,7 @@ def apply_(
     for span, inner in _chunks(right, max(1, CHUNK_NUMEL // left.rows)):
         half = _lift(right.values[span], None if columns is None else columns[span], turned[inner])
         update, target = _lift(left.values, rows, half.t()), weight[:, span]
-        if work == weight.dtype:
+        if work == weight.dtype:  # rounded twice, as AdamW's kernel does
             target.mul_(factor).add_(update)
         elif generator is None:
             torch.addcmul(update, target, factor, out=target)
