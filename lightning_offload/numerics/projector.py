@@ -200,7 +200,7 @@ def matching_scale(left: Projector, right: Projector) -> Tensor:
 
 
 def transition(new: Projector, old: Projector) -> Tensor:
-    """P_new^T P_old, dense (d_new, d_old) fp32, on the projectors' device."""
+    """P_new^T P_old, dense (d_new, d_old) fp32, on the projectors' device; reproducible on the CPU."""
     index = columns_of(new).unsqueeze(2) * old.dim + columns_of(old).unsqueeze(1)
     products = new.values.float().unsqueeze(2) * old.values.float().unsqueeze(1)
     out = products.new_zeros(new.dim * old.dim)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_offload.methods.meter import Meter
 from lightning_offload.numerics import projector as module
 from lightning_offload.numerics.adam import adam_
 from lightning_offload.numerics.projector import (
@@ -177,6 +178,18 @@ def test_pieces_change_nothing(
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
     assert torch.equal(wide[:, 4:-5], pieces)
     assert wide[:, :4].count_nonzero() == wide[:, -5:].count_nonzero() == 0
+
+
+@both_layouts
+def test_memory_to_apply_is_that_of_a_piece(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = pair(draw, 512, 512, 8, dim=256)
+    weight, delta = torch.zeros(512, 512, dtype=torch.bfloat16), torch.ones(256, 256, dtype=torch.bfloat16)
+    piece = 1 << 14
+    monkeypatch.setattr(module, "CHUNK_NUMEL", piece)
+    with Meter() as meter:
+        apply_(weight, left, right, delta, decay=0.9, generator=seeded())
+    indices = 0 if left.order is None else 4 * 8 * left.values.numel()
+    assert 4 * 256**2 < meter.peak.bytes <= 4 * 256**2 + indices + 16 * piece < 4 * weight.numel()
 
 
 @both_layouts
