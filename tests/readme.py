@@ -50,6 +50,7 @@ TREE = {
     "lightning_offload/methods/dims.py": "the largest subspace that hides under backward",
     "lightning_offload/methods/projections.py": "projectors of a matrix: drawn, judged, fitted anew",
     "lightning_offload/methods/subspace.py": "compressed gradients down, AdamW in the subspace, deltas up",
+    "lightning_offload/methods/activations.py": "linear layers that hand over the factors of a gradient",
     "lightning_offload/methods/deliveries.py": "deltas on their way up through a few device slots",
     "lightning_offload/methods/homes.py": "where one parameter lives on the host, and its step there",
     "lightning_offload/methods/resident.py": "small parameters, stepped on the device",

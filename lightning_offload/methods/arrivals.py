@@ -42,7 +42,7 @@ class Arrivals:
         self._module, self._units = module, units
         self._early: set[int] = set()
         # compiled code may take hooks and weights apart as it likes, and a function mode would break it
-        self._compiled = any(_is_compiled(module) for unit in units for module in unit.module.modules())
+        self._compiled = any(is_compiled(module) for unit in units for module in unit.module.modules())
         self._learned = False
         if uses is not None:
             self._learn(uses)
@@ -91,7 +91,8 @@ class Arrivals:
                 self.flights[index[name]].order = place + 1
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether hooks and weights inside may be taken apart."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 

@@ -31,7 +31,7 @@ from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepRepor
 from lightning_offload.methods.homes import settle, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.method import Method, Site
-from lightning_offload.methods.part import HostPart
+from lightning_offload.methods.part import HostPart, form_gradient
 from lightning_offload.methods.resident import ResidentOptimizer
 from lightning_offload.methods.rules import check_groups, frozen_groups, rule_for
 from lightning_offload.methods.uses import Uses
@@ -118,6 +118,7 @@ class Engine:
         if settings.skip_nonfinite and not decides_late:
             self._tally = Tally(lanes, len(small), settings.max_skips)
         self._verdict: Verdict | None = None
+        self._calibrating: Callable[[Trained], None] | None = None
         self._settle_frozen()
         self._install()
 
@@ -138,11 +139,53 @@ class Engine:
 
     def gradient_arrived(self, trained: Trained) -> None:
         """Backward has put a gradient into ``p.grad``; it leaves if it is complete and nobody looks at it."""
-        leaves = self.stepping or self.method.settings.accumulate == "host"
-        if leaves and not self.gradients_visible:
-            early = (frozen_groups(self.optimizer), self._own_verdict()) if self._eager else None
-            self._part_of[id(trained)].gradient_ready(trained, Moment(self._steps + 1, self.stepping, early))
+        part = self._part_of[id(trained)]
+        assert isinstance(part, HostPart)
+        if not part.waits(trained):
+            return
+        if self._calibrating is not None:
+            self._calibrating(trained)
+            trained.parameter.grad = None
+            return
+        if self._leaves:
+            part.gradient_ready(trained, self._moment())
         self.arrivals.marks.gradient(trained)
+
+    def factors_arrived(self, trained: Trained, left: Tensor, right: Tensor) -> None:
+        """Backward has found the factors of a gradient, (tokens, m) and (tokens, n), and does not form it.
+
+        ``gradient_arrived`` follows once all uses of the weight have been seen.
+        """
+        if self._calibrating is not None or self.gradients_visible:
+            form_gradient(trained, left, right)
+        else:
+            assert self.own is not None
+            self.own.factors_ready(trained, left, right, self._moment())
+
+    @property
+    def calibration_due(self) -> bool:
+        """Whether the step to come needs a ``calibrate`` before it."""
+        return self.own is not None and self.own.calibration_due(self._steps + 1)
+
+    def calibrate(self, backward: Callable[[], None]) -> None:
+        """Fit what is due to the gradients of a batch apart; none of them is left behind.
+
+        Args:
+            backward: Forward and backward of the batch; called twice where all are judged together.
+        """
+        assert self.own is not None
+        self.flush()
+        kept = [(p, p.grad) for p in self.module.parameters()]
+        try:
+            for use in self.own.calibrations(self._steps + 1):
+                for parameter, _ in kept:
+                    parameter.grad = None
+                self._calibrating = use
+                backward()
+        finally:
+            self._calibrating = None
+            for parameter, gradient in kept:
+                parameter.grad = gradient
 
     def step(self, clip: Clip | None = None) -> None:
         """Issue one optimizer step with every gradient there is, clipped as ``clip`` says.
@@ -392,10 +435,9 @@ class Engine:
 
     def _install(self) -> None:
         self._undo += self.arrivals.install()
-        sent = [t for part in self.senders for t in part.trained]
-        self.arrivals.marks.expect(sent)
-        for t in sent:
-            self._undo.append(t.parameter.register_post_accumulate_grad_hook(self._gradient_hook(t)).remove)
+        self.arrivals.marks.expect([t for part in self.senders for t in part.trained])
+        for part in self.senders:
+            self._undo += part.install(self.gradient_arrived, self.factors_arrived)
         flush, adopt = self.flush, self.adopt
         self._undo += [
             self.module.register_state_dict_pre_hook(lambda *_: flush()).remove,
@@ -404,8 +446,14 @@ class Engine:
         ]
         self._refuse_new_groups()
 
-    def _gradient_hook(self, trained: Trained) -> Callable[[Tensor], None]:
-        return lambda _: self.gradient_arrived(trained)
+    @property
+    def _leaves(self) -> bool:
+        """Whether a gradient goes as it arrives."""
+        return (self.stepping or self.method.settings.accumulate == "host") and not self.gradients_visible
+
+    def _moment(self) -> Moment:
+        early = (frozen_groups(self.optimizer), self._own_verdict()) if self._eager else None
+        return Moment(self._steps + 1, self.stepping, early)
 
     @property
     def _eager(self) -> bool:

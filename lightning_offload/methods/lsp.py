@@ -16,7 +16,6 @@ Differs from it in what ``LSPSettings`` lists; ``preset="paper"`` is the paper.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch import nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import Machine
+from lightning_offload.methods.activations import linear_modules
 from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.dims import largest_hidden_dim
 from lightning_offload.methods.method import Site, resolve_common
@@ -261,19 +261,13 @@ def linear_weights(module: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Par
         for _, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
     )
     blocks = [unit for unit in units if unit.is_block] or list(units)
-    linear = {id(part.weight) for unit in blocks for part in unit.module.modules() if _is_linear(part)}
+    linear = {id(part.weight) for unit in blocks for part in linear_modules(unit.module)}
     return {
         name: parameter
         for unit in blocks
         for name, parameter in unit.parameters.items()
         if id(parameter) in linear and owners[id(parameter)] == 1
     }
-
-
-def _is_linear(part: nn.Module) -> bool:
-    """A matrix that multiplies its input; GPT-2's is stored (in, out)."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return isinstance(part, nn.Linear) or (pytorch_utils is not None and isinstance(part, pytorch_utils.Conv1D))
 
 
 def _check_rule(rule: Rule) -> None:

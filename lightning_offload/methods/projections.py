@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, Lanes
-from lightning_offload.methods.base import Moment
 from lightning_offload.numerics.fitting import bias, fit, pca
 from lightning_offload.numerics.projector import Projector, draw_block, draw_sparse, matching_scale
 
@@ -99,6 +98,7 @@ class Projections:
     """See the module docstring.
 
     Attributes:
+        key: Name of the matrix, or of what shares them; decides, with the seed, what is drawn.
         pair: The newest.
         draws: How many have been drawn.
         fitted: Whether the newest has seen a gradient, as far as its kind needs one.
@@ -107,7 +107,7 @@ class Projections:
         on_host: See ``HostPairs``; ``None`` where moments are not carried over.
 
     Args:
-        key: Name of the matrix, or of what shares them; decides, with the seed, what is drawn.
+        key: See above.
         shape: (m, n).
         dim: d.
         settings: Of the method, resolved.
@@ -120,18 +120,18 @@ class Projections:
     ) -> None:
         self.draws, self.offset = 0, 0
         self.members: list[str] = []
-        self._key, self._shape, self._dim, self._settings, self._lanes = key, shape, dim, settings, lanes
+        self.key, self._shape, self._dim, self._settings, self._lanes = key, shape, dim, settings, lanes
         self._dtype = dtype
         self.fitted = settings.projector == "block"
         self.pair = self._draw()
         self.on_host = HostPairs(key, self.pair, lanes) if settings.transfers else None
 
-    def is_due(self, name: str, moment: Moment) -> bool:
+    def is_due(self, name: str, step: int) -> bool:
         """Whether this step looks at the projectors, and does so with the gradient of ``name``."""
         every = self._settings.refit_every
-        if not isinstance(every, int) or moment.step <= every:
+        if not isinstance(every, int) or step <= every:
             return False
-        looks, rest = divmod(moment.step - 1 - self.offset, every)
+        looks, rest = divmod(step - 1 - self.offset, every)
         return rest == 0 and self.members[looks % len(self.members)] == name
 
     def first_fit(self, gradient: Tensor) -> None:
@@ -156,7 +156,7 @@ class Projections:
     def _draw(self) -> Pair:
         """Random: all that ``block`` needs, the start of ``learned``, a place holder for ``pca``."""
         draw = partial(draw_sparse, values="signs") if self._settings.projector == "learned" else draw_block
-        generator = torch.Generator().manual_seed(seed_for(self._settings.seed, self._key, self.draws))
+        generator = torch.Generator().manual_seed(seed_for(self._settings.seed, self.key, self.draws))
         self.draws += 1
         left, right = (draw(rows, self._dim, self._settings.nnz, generator=generator) for rows in self._shape)
         return self._made(left, right)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.lanes import Event, lane_context, nbytes
+from lightning_offload.methods.activations import linear_modules, tap
+from lightning_offload.methods.arrivals import is_compiled
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
 from lightning_offload.methods.homes import CHUNK_NUMEL, Home, UnitHomes, chunks, clip_, settle, skips, weight_dtype
-from lightning_offload.methods.part import CAST_BYTES, HostPart
+from lightning_offload.methods.part import CAST_BYTES, FactorsArrived, HostPart, form_gradient
 from lightning_offload.methods.projections import HostPairs, Pair, Projections, seed_for
 from lightning_offload.methods.rules import Rule
-from lightning_offload.numerics.projector import Projector, apply_, compress, transfer, transition
+from lightning_offload.numerics.projector import Projector, apply_, compress, compress_activations, transfer, transition
 
 if TYPE_CHECKING:
     from lightning_offload.methods.lsp import LSPSettings
@@ -232,23 +235,31 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def _payload(self, home: SubspaceHome, moment: Moment) -> Tensor:
         """S; on the way, whether the projectors still serve."""
+        with lane_context(self._lanes.device):
+            gradient = home.trained.gradient() if home.trained.parameter.grad is not None else None
+            if gradient is not None and not home.projections.fitted:
+                self._first_fit(home.projections, gradient)
+            compressed = self._compressed(home)
+            if gradient is not None and self._is_due(home, moment):
+                self._refit(home.projections, gradient)
+            return compressed
+
+    def _compressed(self, home: SubspaceHome) -> Tensor:
+        """Of what is in ``p.grad`` and what is held."""
         held, home.held = home.held, None
         if home.trained.parameter.grad is None:
             assert held is not None
             return held
-        with lane_context(self._lanes.device):
-            gradient, projections = home.trained.gradient(), home.projections
-            if not projections.fitted:
-                self._first_fit(projections, gradient)
-            compressed = compress(home.pair.left, home.pair.right, gradient).reshape(-1)
-            if moment.last and self._settings.calibration == "train" and projections.is_due(home.trained.name, moment):
-                self._refit(projections, gradient)
-            return compressed if held is None else held.add_(compressed)
+        compressed = compress(home.pair.left, home.pair.right, home.trained.gradient()).reshape(-1)
+        return compressed if held is None else held.add_(compressed)
+
+    def _is_due(self, home: SubspaceHome, moment: Moment) -> bool:
+        at_hand = moment.last and self._settings.calibration == "train"
+        return at_hand and home.projections.is_due(home.trained.name, moment.step)
 
     def _recall(self, home: SubspaceHome) -> None:
         with lane_context(self._lanes.device):
-            compressed = compress(home.pair.left, home.pair.right, home.trained.gradient()).reshape(-1)
-            home.held = compressed.add_(home.wire.to(compressed.device))
+            home.held = self._compressed(home).add_(home.wire.to(self._lanes.device))
         home.trained.parameter.grad = None
 
     def _first_fit(self, projections: Projections, gradient: Tensor) -> None:
@@ -260,11 +271,87 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     def _refit(self, projections: Projections, gradient: Tensor) -> None:
         """New projectors, if these miss too much; in use once the delta under way has been applied."""
         threshold = self._settings.bias_threshold
-        if threshold and projections.bias(gradient) <= threshold:
-            return
+        if not threshold or projections.bias(gradient) > threshold:
+            self._replace(projections, gradient)
+
+    def _replace(self, projections: Projections, gradient: Tensor) -> None:
         pair = projections.replaced(gradient)
         for name in projections.members:
             self._home[name].next = pair
+
+    # Without gradients.
+
+    def install(self, arrived: Callable[[Trained], None], factors: FactorsArrived) -> list[Callable[[], Any]]:
+        """See ``HostPart.install``; a weight that is used otherwise too still has a gradient from there."""
+        undo = super().install(arrived, factors)
+        if self._settings.form == "gradient":
+            return undo
+        mine = {id(t.parameter): t for t in self.trained}
+        layers = [layer for unit in {t.unit for t in self.trained} for layer in linear_modules(unit.module)]
+        for layer in layers:
+            trained = mine.get(id(layer.weight))
+            if trained is not None:
+                if any(is_compiled(part) for part in trained.unit.module.modules()):
+                    raise ValueError(
+                        f"form='activations' changes what linear layers do in backward, which the compiled "
+                        f"`{trained.unit.name}` would not see; use form='gradient', or do not compile it"
+                    )
+                ticket = torch.zeros((), device=self._lanes.device, dtype=torch.float32, requires_grad=True)
+                ticket.register_post_accumulate_grad_hook(_collecting(arrived, trained))
+                undo.append(tap(layer, ticket, partial(factors, trained)))
+        return undo
+
+    def factors_ready(self, trained: Trained, left: Tensor, right: Tensor, moment: Moment) -> None:
+        """See ``HostPart.factors_ready``; the gradient is formed where projectors are to be fitted to it."""
+        home = self._home[trained.name]
+        if home.projections.fitted and not self._is_due(home, moment):
+            with lane_context(self._lanes.device):
+                made = compress_activations(home.pair.left, home.pair.right, left, right)
+                compressed = made.to(trained.parameter.dtype).reshape(-1)
+                home.held = compressed if home.held is None else home.held.add_(compressed)
+        else:
+            form_gradient(trained, left, right)
+
+    # Calibration.
+
+    def calibration_due(self, step: int) -> bool:
+        """See ``HostPart.calibration_due``."""
+        return self._settings.calibration == "batch" and bool(self._due(step))
+
+    def calibrations(self, step: int) -> Iterator[Callable[[Trained], None]]:
+        """See ``HostPart.calibrations``: the paper's threshold over all needs a look at all of them first."""
+        due = self._due(step)
+        fitted = {key for key, projections in due.items() if projections.fitted}
+        judged = dict.fromkeys(fitted, math.inf) if self._settings.bias_threshold else {}
+        if judged and self._settings.threshold_over == "all":
+            yield lambda trained: self._with_gradient(trained, step, lambda p, g: judged.update({p.key: p.bias(g)}))
+            if sum(judged.values()) / len(judged) <= self._settings.bias_threshold:
+                return
+            judged.clear()
+
+        def fit(projections: Projections, gradient: Tensor) -> None:
+            if not projections.fitted:
+                self._first_fit(projections, gradient)
+            elif projections.key not in judged or projections.bias(gradient) > self._settings.bias_threshold:
+                self._replace(projections, gradient)
+
+        yield lambda trained: self._with_gradient(trained, step, fit)
+        self._carry_moments_over()
+
+    def _due(self, step: int) -> dict[str, Projections]:
+        return {
+            key: projections
+            for key, projections in self._projections.items()
+            if not projections.fitted or any(projections.is_due(name, step) for name in projections.members)
+        }
+
+    def _with_gradient(self, trained: Trained, step: int, use: Callable[[Projections, Tensor], object]) -> None:
+        if trained.name not in self._home:
+            return
+        projections = self._home[trained.name].projections
+        if not projections.fitted or projections.is_due(trained.name, step):
+            with lane_context(self._lanes.device):
+                use(projections, trained.gradient())
 
     # On the host.
 
@@ -406,6 +493,14 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         home.step.copy_(saved["step"])
         for name, tensor in home.states.items():
             tensor.copy_(saved[name].reshape(-1))
+
+
+def _collecting(arrived: Callable[[Trained], None], trained: Trained) -> Callable[[Tensor], None]:
+    def hook(ticket: Tensor) -> None:
+        ticket.grad = None
+        arrived(trained)
+
+    return hook
 
 
 def _sharing_key(trained: Trained, settings: LSPSettings) -> str:
