@@ -16,7 +16,8 @@ from lightning_offload.methods.base import Clip
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.part import CAST_BYTES
 from lightning_offload.planning import Plan
-from lightning_offload.planning.scenario import FULL, NATIVE, SERIAL, Dry, Scenario
+from lightning_offload.planning.methods import FULL, NATIVE, SERIAL
+from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape
 
 PLANNED = (FULL,)

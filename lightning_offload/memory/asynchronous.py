@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.arena import HostMemory
-from lightning_offload.memory.lanes import CopyLane, Event, Place, host_buffers, lane_context, nbytes, own_events
+from lightning_offload.memory.lanes import (
+    CopyLane,
+    Event,
+    Made,
+    Place,
+    host_buffers,
+    lane_context,
+    nbytes,
+    own_events,
+)
 from lightning_offload.memory.ledger import Instant, Ledger
 
 
@@ -255,6 +264,10 @@ class AsyncLanes:
             self.streams.compute_wait(event.marker or self._issued(event))
             self._check()
         self.mark(*marked)
+
+    def run(self, key: Hashable, fn: Callable[[], Made]) -> Made:
+        """See ``Lanes.run``."""
+        return fn()
 
     def mark(self, kind: str, order: int = -1) -> None:
         """See ``Lanes.mark``."""

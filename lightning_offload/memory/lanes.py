@@ -8,7 +8,7 @@ own. The back ends (``InlineLanes`` here, ``CheckedLanes`` and ``ShuffledLanes``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from lightning_offload.memory.ledger import Instant, Ledger
 
 Place = Literal["device", "host", "pinned"]
 CopyLane = Literal["h2d", "d2h"]
+Made = TypeVar("Made")
 
 
 class Event:
@@ -105,6 +106,10 @@ class Lanes(Protocol):
 
     def wait_compute(self, *events: Event) -> None:
         """What is issued to the compute lane from here on runs after ``events``."""
+        ...
+
+    def run(self, key: Hashable, fn: Callable[[], Made]) -> Made:
+        """``fn()``, on the compute lane; calls of one ``key`` cost the same, so where nothing is real one is enough."""
         ...
 
     def mark(self, kind: str, order: int = -1) -> None:
@@ -222,6 +227,10 @@ class InlineLanes:
 
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``."""
+
+    def run(self, key: Hashable, fn: Callable[[], Made]) -> Made:
+        """See ``Lanes.run``."""
+        return fn()
 
     def mark(self, kind: str, order: int = -1) -> None:
         """See ``Lanes.mark``."""

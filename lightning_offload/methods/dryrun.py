@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -72,6 +73,8 @@ class Timing:
         forward_s: Compute of the first micro-batch's forward, under which the host's work can hide.
         backward_s: Compute of the last micro-batch's backward.
         module_s: Compute of the module in all micro-batches.
+        compress_s: Compute of the engine as gradients leave.
+        apply_s: Compute of the engine as units are entered.
         compute_s: All compute of a step.
         kinds: Operations, bytes and busy seconds of each (lane, kind of operation).
         spans: Every operation of that step, and what it leaves to the next.
@@ -81,6 +84,8 @@ class Timing:
     forward_s: float
     backward_s: float
     module_s: float
+    compress_s: float
+    apply_s: float
     compute_s: float
     kinds: dict[tuple[str, str], Total]
     spans: tuple[Span, ...]
@@ -88,7 +93,8 @@ class Timing:
     @classmethod
     def unknown(cls) -> Timing:
         """Where nobody wants to know."""
-        return cls(math.nan, math.nan, math.nan, math.nan, math.nan, {}, ())
+        unknown_s = math.nan
+        return cls(unknown_s, unknown_s, unknown_s, unknown_s, unknown_s, unknown_s, unknown_s, {}, ())
 
     @property
     def lanes(self) -> dict[str, Total]:
@@ -138,7 +144,7 @@ class DryRun:
         self._micro_batches = micro_batches
         self._cost = costs(machine)
         self._tape: Tape | None = None  # that is being recorded; None while the driver runs
-        self._compute_s = 0.0
+        self._spent_s: defaultdict[str, float] = defaultdict(float)  # compute of the driver
         self._seen_block = False
         self.meter = TwinMeter(self._work)
         self.lanes = VirtualLanes(machine, self.meter.counting_as, pin=pin)
@@ -178,12 +184,14 @@ class DryRun:
     def time(self) -> Timing:
         """Replay until every step is like the one before, and time the last."""
         with self._active():
+            self.lanes.remembers = True
             for _ in range(self.driver.warm_up - 1):
                 self._replay_step()
             self.lanes.ledger.start_trace()
-            before_s, compute_before_s, asked_before = self.lanes.now_s, self._compute_s, deepcopy(self.lanes.asked)
+            before_s, busy_before_s, asked_before = self.lanes.now_s, self.lanes.busy_s, deepcopy(self.lanes.asked)
+            self._spent_s.clear()
             self._replay_step()
-            step_s, compute_s = self.lanes.now_s - before_s, self._compute_s - compute_before_s
+            step_s, compute_s = self.lanes.now_s - before_s, self.lanes.busy_s - busy_before_s
             kinds = {kind: total.since(asked_before.get(kind, Total())) for kind, total in self.lanes.asked.items()}
             self.driver.flush()
         return Timing(
@@ -193,6 +201,8 @@ class DryRun:
             module_s=sum(
                 self._duration(tape.forward + tape.backward) for tape in map(self._tape_of, range(self._micro_batches))
             ),
+            compress_s=self._spent_s["gradient"],
+            apply_s=self._spent_s["entered"],
             compute_s=compute_s,
             kinds=kinds,
             spans=tuple(self.lanes.ledger.stop_trace()),
@@ -225,9 +235,7 @@ class DryRun:
         self.tapes.append(tape)
 
     def _work(self, work: Work) -> None:
-        spent_s = self._cost(work)
-        self._compute_s += spent_s
-        self.lanes.advance(spent_s)
+        self.lanes.advance(self._cost(work))
         if self._tape is not None:
             self._tape.add(work)
 
@@ -280,17 +288,23 @@ class DryRun:
             self._play(happening, recomputed=True)
 
     def _play(self, happening: Happening, *, recomputed: bool) -> None:
-        spent_s = self._duration([happening])
-        self._compute_s += spent_s
-        self.lanes.advance(spent_s)
+        self.lanes.advance(self._duration([happening]))
         if happening.entered is not None:
-            self.driver.enter(happening.entered, recomputed=recomputed)
+            with self._spending("entered"):
+                self.driver.enter(happening.entered, recomputed=recomputed)
         if happening.gradient is not None:
             parameter = self._parameters[happening.gradient]
             if parameter.grad is None:
                 with self.meter.counting_as(None):
                     parameter.grad = torch.empty_like(parameter)
-            self.driver.gradient_arrived(happening.gradient)
+            with self._spending("gradient"):
+                self.driver.gradient_arrived(happening.gradient)
+
+    @contextmanager
+    def _spending(self, what: str) -> Iterator[None]:
+        before_s = self.lanes.busy_s
+        yield
+        self._spent_s[what] += self.lanes.busy_s - before_s
 
     @contextmanager
     def _active(self) -> Iterator[None]:

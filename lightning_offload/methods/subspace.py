@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +59,11 @@ class SubspaceHome(Home):
     under_way: bool = False
     transferred: Event | None = None
     held: Tensor | None = None
+
+    def like(self, what: str) -> Hashable:
+        """What it costs to do this with it depends on nothing else."""
+        weight = self.trained.parameter
+        return what, weight.shape, weight.dtype, self.pair.left.dim
 
 
 class SubspaceOptimizer(HostPart[SubspaceHome]):
@@ -250,7 +255,9 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         if home.trained.parameter.grad is None:
             assert held is not None
             return held
-        compressed = compress(home.pair.left, home.pair.right, home.trained.gradient()).reshape(-1)
+        gradient = home.trained.gradient()
+        made = self._lanes.run(home.like("compress"), lambda: compress(home.pair.left, home.pair.right, gradient))
+        compressed = made.reshape(-1)
         return compressed if held is None else held.add_(compressed)
 
     def _is_due(self, home: SubspaceHome, moment: Moment) -> bool:
@@ -450,7 +457,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         unit.arrived = parcel.left
         with lane_context(self._lanes.device):
             for home, delta in zip(homes, deltas, strict=True):
-                self._apply_one(home, delta.view(home.pair.left.dim, -1))
+                square = delta.view(home.pair.left.dim, -1)
+                self._lanes.run(home.like("apply"), partial(self._apply_one, home, square))
                 home.under_way = False
                 if home.next is not None:
                     home.pair, home.next = home.next, None

@@ -13,11 +13,12 @@ from torch.nn.parameter import is_lazy
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.methods.base import Clip
-from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.methods.twin import Step
 from lightning_offload.planning.advice import advise
+from lightning_offload.planning.methods import METHODS, settings_of
 from lightning_offload.planning.result import Advice, Memory, Plan
-from lightning_offload.planning.scenario import METHODS, Dry, Scenario
+from lightning_offload.planning.scenario import Dry, Scenario
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -29,7 +30,7 @@ def plan(
     batch: Any,
     *,
     method: str = "full",
-    settings: FullSettings | None = None,
+    settings: GradientSettings | None = None,
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true",
     hardware: str | Machine = "auto",
     optimizer: torch.optim.Optimizer | None = None,
@@ -48,8 +49,9 @@ def plan(
     Args:
         module: A ``LightningModule``, or any module; on any device, ``meta`` included (``with torch.device("meta")``).
         batch: One micro-batch, as ``training_step`` gets it; values do not matter.
-        method: ``"full"``, ``"none"`` (everything on the device) or ``"zero-offload"`` (its schedule).
-        settings: Of the method; its ``max_device_gib`` and ``max_host_gib`` make the machine smaller, as in a run.
+        method: ``"full"``, ``"lsp"``, ``"none"`` (everything on the device) or ``"zero-offload"`` (its schedule).
+        settings: Of the method (``LSPSettings`` for lsp, else ``FullSettings``); its ``max_device_gib`` and
+            ``max_host_gib`` make the machine smaller, as in a run.
         precision: As for the Trainer.
         hardware: A name of ``conf/hardware`` (``"rtx4090"``, ``"laptop_4gb"``), ``"auto"`` for this machine (measured
             once, about 2 s), or a ``Machine`` with rates.
@@ -68,9 +70,9 @@ def plan(
             nothing to train.
     """
     _check_choices(method, precision, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
-    _check_objects(module, settings, optimizer)
+    _check_objects(module, method, settings, optimizer)
     _check_parameters(module, optimizer)
-    settings = settings or FullSettings()
+    settings = settings or settings_of(method)()
     machine = _machine(hardware).capped(device_bytes=settings.max_device_bytes, host_bytes=settings.max_host_bytes)
     scenario = Scenario(
         module=module,
@@ -107,7 +109,7 @@ def _others(scenario: Scenario) -> tuple[list[Plan], list[str]]:
     return plans, notes
 
 
-def _without_effect(settings: FullSettings, machine: Machine) -> list[str]:
+def _without_effect(settings: GradientSettings, machine: Machine) -> list[str]:
     if settings.max_device_gib is None or machine.device_type != "cpu":
         return []
     return [
@@ -131,12 +133,13 @@ def _check_choices(method: str, precision: str, micro_batches: int, clip: float 
         raise ValueError(f"`gradient_clip_algorithm` must be 'norm' or 'value', got {algorithm!r}")
 
 
-def _check_objects(module: object, settings: object, optimizer: object) -> None:
+def _check_objects(module: object, method: str, settings: object, optimizer: object) -> None:
     """Refuse what is of another kind, naming the argument."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"`module` must be a torch.nn.Module, got {module!r}; pass an instance")
-    if settings is not None and not isinstance(settings, FullSettings):
-        raise ValueError(f"`settings` must be FullSettings(...), or None, got {settings!r}")
+    kind = settings_of(method)
+    if settings is not None and not isinstance(settings, kind):
+        raise ValueError(f"`settings` must be {kind.__name__}(...) for method={method!r}, or None, got {settings!r}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
             f"`optimizer` must be a torch.optim.Optimizer, or None, got {optimizer!r}; pass an instance, built from "

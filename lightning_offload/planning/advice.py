@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.planning.methods import FULL, NATIVE
 from lightning_offload.planning.result import Advice, Plan
-from lightning_offload.planning.scenario import FULL, NATIVE, Dry, Scenario, has_checkpointing
+from lightning_offload.planning.scenario import Dry, Scenario, has_checkpointing
 
 LEAST_CHUNK = 128
 """Tokens per chunk of the loss below which its matrix products become slow."""

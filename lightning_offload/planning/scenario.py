@@ -23,16 +23,14 @@ from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver
 from lightning_offload.methods.dryrun import DryRun, Timing
 from lightning_offload.methods.engine import Engine
-from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
+from lightning_offload.planning.methods import FULL, NATIVE, SERIAL, method_for, settings_for
 from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
 from lightning_offload.planning.steps import optimizer_of, own_step
 from lightning_offload.planning.words import count, seconds
 from lightning_offload.timeline import LaneUse
-
-NATIVE, SERIAL, FULL = "none", "zero-offload", "full"
-METHODS = {NATIVE: "everything on the device", SERIAL: "full, each step waiting for its weights", FULL: "full"}
-"""What can be planned; ``zero-offload`` is its schedule on this engine, for comparison."""
 
 WORKSPACE_BYTES = 2 * (8 * MIB + MIB // 8)
 """cuBLAS keeps one workspace per thread and stream: of the forward, and of autograd's own thread."""
@@ -50,7 +48,7 @@ class Scenario:
         batch: One micro-batch.
         machine: With rates.
         method: A key of ``METHODS``.
-        settings: Of the method.
+        settings: Of the method; of another's, what all methods have is taken over.
         precision: Lightning's name of it.
         micro_batches: Per step.
         clip: The gradient clipping.
@@ -58,13 +56,14 @@ class Scenario:
         step: The loss of a micro-batch; ``None`` is the module's own.
         checkpointing: Turn on the model's own gradient checkpointing.
         loss_chunk_tokens: For a model whose loss comes in chunks; ``None`` leaves it as it is.
+        serial: ZeRO-Offload's schedule: the host begins after backward, the next forward after the last arrival.
     """
 
     module: nn.Module
     batch: Any
     machine: Machine
     method: str = FULL
-    settings: FullSettings = field(default_factory=FullSettings)
+    settings: GradientSettings = field(default_factory=FullSettings)
     precision: str = "32-true"
     micro_batches: int = 1
     clip: Clip | None = None
@@ -72,6 +71,16 @@ class Scenario:
     step: Step | None = None
     checkpointing: bool = False
     loss_chunk_tokens: int | None = None
+    serial: bool = False
+
+    def __post_init__(self) -> None:
+        """Settings are the method's."""
+        object.__setattr__(self, "settings", settings_for(self.method, self.settings))
+
+    @property
+    def waits(self) -> bool:
+        """Whether its schedule is ZeRO-Offload's."""
+        return self.serial or self.method == SERIAL
 
     @property
     def batch_size(self) -> int:
@@ -92,14 +101,14 @@ class Dry:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        dtypes = DTypes.of(scenario.precision)
+        method = method_for(scenario.settings)
+        dtypes = DTypes.of(scenario.precision, method.rounding)
         twin = Twin(scenario.module, dtypes.compute)
         if scenario.checkpointing:
             _enable_checkpointing(twin.module)
         if scenario.loss_chunk_tokens is not None:
             twin.module.loss_chunk_tokens = scenario.loss_chunk_tokens  # type: ignore[assignment]
         optimizer = optimizer_of(twin, scenario.optimizer)
-        method = Full(scenario.settings)
         self.notes: list[str] = []
         units = partition(twin.module, scenario.settings.blocks)
         if scenario.method != NATIVE:
@@ -110,9 +119,9 @@ class Dry:
         def attach(lanes: VirtualLanes) -> Driver:
             if scenario.method == NATIVE:
                 return NativeDriver(units, optimizer, lanes, clip=scenario.clip)
-            clips = scenario.clip is not None
-            engine = Engine(twin.module, optimizer, method, lanes, dtypes, expects_clip=clips, units=units)
-            return EngineDriver(engine, clip=scenario.clip, serial=scenario.method == SERIAL)
+            late = scenario.clip is not None or scenario.waits
+            engine = Engine(twin.module, optimizer, method, lanes, dtypes, expects_clip=late, units=units)
+            return EngineDriver(engine, clip=scenario.clip, serial=scenario.waits)
 
         self.run = DryRun(
             twin,
@@ -124,10 +133,11 @@ class Dry:
             context=forward_context(scenario.precision),
             pin=method.settings.pin_memory is not False,
         )
+        self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
         self.run.record()
         self.parameters = sum(p.numel() for p in twin.module.parameters())
-        self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
-        self._decides_late = method.settings.skip_nonfinite or scenario.clip is not None
+        checks = method.settings.skip_nonfinite and not method.layer_wise
+        self._decides_late = checks or scenario.waits or scenario.clip is not None
 
     @cached_property
     def timing(self) -> Timing:

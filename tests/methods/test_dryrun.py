@@ -17,7 +17,8 @@ from lightning_offload.methods.drivers import EngineDriver
 from lightning_offload.methods.dryrun import DryRun
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.twin import TwinError
-from lightning_offload.planning.scenario import NATIVE, SERIAL, Dry, Scenario
+from lightning_offload.planning.methods import NATIVE, SERIAL
+from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.text import CausalLM, batch_by_shape
 from tests.helpers import pairwise, row_id
 from tests.methods.test_twin import hugging_face

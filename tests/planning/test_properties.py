@@ -15,8 +15,9 @@ from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.planning import Plan, plan
+from lightning_offload.planning.methods import NATIVE, SERIAL
 from lightning_offload.planning.result import THE_RUN_ITSELF
-from lightning_offload.planning.scenario import NATIVE, SERIAL, Dry, Scenario
+from lightning_offload.planning.scenario import Dry, Scenario
 from tests.lit import Lit, trainer
 from tests.planning.machines import RATES, cpu, gpu
 from tests.zoo import ZOO

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.planning import plan
-from lightning_offload.planning.scenario import NATIVE, Dry, Scenario
+from lightning_offload.planning.methods import NATIVE
+from lightning_offload.planning.scenario import Dry, Scenario
 from tests.planning.machines import cpu, gpu
 
 BATCH = torch.zeros(4, 8)
