@@ -125,6 +125,12 @@ def test_blocks_are_orthonormal(rows: int, dim: int, nnz: int) -> None:
     torch.testing.assert_close(p.t() @ p, torch.eye(dim, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_signs_of_blocks_are_those_of_what_was_drawn() -> None:
+    first = draw_block(96, 24, 4, generator=seeded()).values[:, 0]
+    drawn = torch.randn(96, 4, generator=seeded())[:, 0]
+    assert ((first * drawn).view(6, 16).sum(1) > 0).all()
+
+
 def test_bytes_are_four_per_nonzero_and_two_in_blocks() -> None:
     sparse, block = (draw(300, 64, 8, generator=seeded(), dtype=torch.bfloat16) for draw in DRAWS)
     assert sparse.nbytes == 4 * 300 * 8
