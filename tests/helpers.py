@@ -20,6 +20,7 @@ from lightning_offload.memory.lanes import InlineLanes, Lanes
 from lightning_offload.methods.base import Clip, DTypes, StepReport
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.methods.method import Method
 
 VOCAB = 41
 WIDTH = 19  # no multiple of any vector width: tails must come out right too
@@ -28,11 +29,12 @@ WIDTH = 19  # no multiple of any vector width: tails must come out right too
 class Block(nn.Module):
     """A residual block with dropout, optionally recomputed in backward."""
 
-    def __init__(self, *, dropout: float = 0.0, recompute: str = "no") -> None:
+    def __init__(self, *, dropout: float = 0.0, recompute: str = "no", width: int = WIDTH, inner: int = 0) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        inner = inner or 2 * width
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.recompute = recompute
 
@@ -58,13 +60,17 @@ class Net(nn.Module):
         dropout: float = 0.0,
         recompute: str = "no",
         functional_head: bool = False,
+        width: int = WIDTH,
+        inner: int = 0,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)  # two nets are equal
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block(dropout=dropout, recompute=recompute) for _ in range(depth))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.embed = nn.Embedding(VOCAB, width)
+        self.blocks = nn.ModuleList(
+            Block(dropout=dropout, recompute=recompute, width=width, inner=inner) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB, bias=False)
         self.sometimes_unused, self.functional_head, self.calls = sometimes_unused, functional_head, 0
         if tied:
             self.head.weight = self.embed.weight
@@ -134,6 +140,7 @@ def train(
     clip: Clip | None = None,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
     settings: dict[str, Any] | None = None,
+    method: Method | None = None,
     dtypes: DTypes | None = None,
     late: bool = False,
     schedule: bool = False,
@@ -144,6 +151,7 @@ def train(
 
     Args:
         module: Copied, not changed.
+        method: Instead of ``full`` with ``settings``.
         late: Gradients stay visible until the step.
         spoil: Called with the module and the step between backward and step.
     """
@@ -151,8 +159,8 @@ def train(
     optimizer = make_optimizer(module)
     engine = None
     if lanes is not None:
-        full = Full(FullSettings(**{"min_numel": 0, "accumulate": "device", **(settings or {})}))
-        engine = Engine(module, optimizer, full, lanes, dtypes or DTypes(), expects_clip=clip is not None)
+        method = method or Full(FullSettings(**{"min_numel": 0, "accumulate": "device", **(settings or {})}))
+        engine = Engine(module, optimizer, method, lanes, dtypes or DTypes(), expects_clip=clip is not None)
         engine.gradients_visible = late
         if after_attach is not None:
             after_attach(engine)
