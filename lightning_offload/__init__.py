@@ -1,6 +1,6 @@
 """Fine-tune language models that do not fit on the GPU, from PyTorch Lightning, by changing one argument.
 
-Importing this package registers its strategies: ``Trainer(strategy="full_offload")``.
+Importing this package registers its strategies: ``Trainer(strategy="lsp_offload")``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_offload.callbacks import OffloadStats, OffloadSummary
-from lightning_offload.mixins import OffloadMixin
+from lightning_offload.mixins import LSPMixin, OffloadMixin
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.registry import register
-from lightning_offload.strategies import FullOffloadStrategy
+from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy
 from lightning_offload.tracing import OffloadTimeline
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FullOffloadStrategy",
+    "LSPMixin",
+    "LSPOffloadStrategy",
     "OffloadMixin",
     "OffloadPrecision",
     "OffloadStats",

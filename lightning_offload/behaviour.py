@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,33 +10,29 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_offload.attaching import attach, look_for_readers, make_lanes
+from lightning_offload.calibration import Calibration
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
-from lightning_offload.errors import CheckpointError
-from lightning_offload.memory.arena import HostMemory
-from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine, cap_device
-from lightning_offload.memory.cuda import cuda_lanes
-from lightning_offload.memory.lanes import InlineLanes, Lanes
-from lightning_offload.methods.engine import GRADIENTS, SETTINGS, Engine
-from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.memory.lanes import Lanes
+from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.method import Method
+from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.precision import OffloadPrecision
-from lightning_offload.windows import Window, find_window
-
-EXTRAS = "lightning_offload"
-"""Our key in a checkpoint's ``optimizer_states[0]``; torch and Lightning ignore it."""
+from lightning_offload.resuming import pack, unpack
+from lightning_offload.windows import Window
 
 
 class OffloadBehaviour(Strategy):
@@ -51,10 +47,15 @@ class OffloadBehaviour(Strategy):
     """
 
     strategy_name: ClassVar[str]
-    settings: FullSettings
+    settings_type: ClassVar[type[GradientSettings]]
+    settings: GradientSettings
+    calibration_dataloader: Iterable[Any] | None = None
     engine: Engine | None = None
     uses: Uses | None = None
     """What a plan has found out about the forward; the engine then serves units in the right order from step one."""
+    _given: Mapping[str, Any]
+    """The settings that are not at their defaults, as they were given."""
+    _calibration: Calibration
     _window = Window()
     _adopt_due = False
     _pending: Mapping[str, Tensor] = {}
@@ -74,7 +75,7 @@ class OffloadBehaviour(Strategy):
             self._precision_plugin = None  # the Trainer chooses only where the strategy has not
             return
         self._precision_plugin = OffloadPrecision.from_plugin(plugin, self.strategy_name)
-        self._precision_plugin.dtypes(self._method().name)
+        self._precision_plugin.dtypes(self._method())
 
     @property
     @override
@@ -114,6 +115,9 @@ class OffloadBehaviour(Strategy):
         self.accelerator.setup(trainer)
         self.precision_plugin.use_device(self.root_device)
         self._detach()
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.lightning_module is not None
+            self._settle_settings(self.lightning_module)
         self._cap_device()
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
             self.engine, self._torn = None, False
@@ -138,10 +142,36 @@ class OffloadBehaviour(Strategy):
         assert self.model is not None
         self.model.to(self.root_device)
 
-    def _method(self) -> Full:
-        return Full(self.settings)
+    def _method(self) -> Method:
+        """The method with the settings asked for."""
+        raise NotImplementedError
 
-    def _attach(self, trainer: Trainer, method: Full) -> None:
+    def _settle_settings(self, module: LightningModule) -> None:
+        """Take what the module itself says of the method (``LSPMixin.offload``).
+
+        Raises:
+            MisconfigurationException: It was written for another method.
+            ValueError: Module and strategy do not agree.
+        """
+        method = getattr(module, "offload_method", None)
+        if method not in (None, self._method().name):
+            raise MisconfigurationException(
+                f"`{type(module).__name__}` trains by method `{method}`, but the Trainer's strategy is "
+                f"`{self.strategy_name}`. Pass `Trainer(strategy='{method}_offload')` or a plain strategy, or derive "
+                "the module from `OffloadMixin`, which takes the strategy's method."
+            )
+        own: dict[str, Any] = getattr(module, "method_settings", {}) if method is not None else {}
+        for name, value in own.items():
+            if name in self._given and self._given[name] != value:
+                raise ValueError(
+                    f"`{type(module).__name__}.offload` says {name}={value!r}, `{type(self).__name__}` was given "
+                    f"{name}={self._given[name]!r}: say it in one place"
+                )
+        self.settings = self.settings_type(**{**self._given, **own})
+        loader = getattr(module, "offload_calibration", None)
+        self._calibration = Calibration(self.calibration_dataloader or loader, self.settings)
+
+    def _attach(self, trainer: Trainer, method: Method) -> None:
         module = self.lightning_module
         assert module is not None
         if not self._claims_anything(method):
@@ -151,33 +181,18 @@ class OffloadBehaviour(Strategy):
                 "is. Set `min_numel=0` to offload everything."
             )
             return
-        asked = method.settings
-        machine = Machine.detect(self.root_device).capped(
-            device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes
-        )
-        units, dtypes = partition(module, asked.blocks), self.precision_plugin.dtypes(method.name)
-        reasons = method.resolve(
+        self.engine = attach(
+            self.strategy_name,
+            trainer,
             module,
-            units,
-            machine,
-            dtypes,
-            accumulates=self._accumulates(trainer, module),
-            before=_chosen_before(trainer),
-        )
-        for reason in reasons:
-            rank_zero_info(f"{self.strategy_name}: {reason}")
-        self.engine = Engine(
-            module,
-            self.optimizers[0],
             method,
-            self._make_lanes(machine, method.settings),
-            dtypes,
-            machine=machine,
-            expects_clip=bool(self._expected_clip(trainer, module)),
+            self.precision_plugin.dtypes(method),
+            self.root_device,
+            self._make_lanes,
             uses=self.uses,
-            units=units,
         )
-        self._look_for_readers(trainer, module)
+        # before anything runs: the sanity check's hooks may write weights already
+        self._window = look_for_readers(self.strategy_name, trainer, module, method.settings)
 
     def _cap_device(self) -> None:
         gib = self.settings.max_device_gib
@@ -194,43 +209,13 @@ class OffloadBehaviour(Strategy):
             self._uncap()
         self._uncap = None
 
-    def _look_for_readers(self, trainer: Trainer, module: LightningModule) -> None:
-        """Before anything runs: the sanity check's hooks may write weights already."""
-        self._window = find_window(trainer, module)
-        if self._window.weights:
-            rank_zero_info(
-                f"{self.strategy_name}: {', '.join(self._window.weights)} may look at weights between steps, so every "
-                "step waits for its weights to be back on the device, and weights written there are taken over."
-            )
-        if self._window.gradients:
-            rank_zero_info(
-                f"{self.strategy_name}: {', '.join(self._window.gradients)} may look at gradients, so they stay on the "
-                "device until the step."
-            )
-
-    @staticmethod
-    def _expected_clip(trainer: Trainer, module: LightningModule) -> float | None:
-        own: float | None = _mixin_settings(module).get("gradient_clip_val")
-        return trainer.gradient_clip_val or own
-
-    @staticmethod
-    def _accumulates(trainer: Trainer, module: LightningModule) -> bool:
-        """Whether any step of the fit may have more than one micro-batch."""
-        own: int = _mixin_settings(module).get("accumulate_grad_batches", 1)
-        scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        return trainer.accumulate_grad_batches > 1 or own > 1 or scheduled
-
-    def _claims_anything(self, method: Full) -> bool:
+    def _claims_anything(self, method: Method) -> bool:
+        """Whether an engine has anything to do."""
         trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
         return any(parameter.numel() >= method.settings.min_numel for parameter in trained)
 
-    def _make_lanes(self, machine: Machine, settings: FullSettings) -> Lanes:
-        cap = settings.max_host_bytes
-        if self.root_device.type == "cpu":
-            return InlineLanes(HostMemory(pin=False, cap_bytes=cap), self.root_device)
-        memory = HostMemory(pin=settings.pin_memory, machine=machine, cap_bytes=cap)
-        threads = settings.host_threads
-        return cuda_lanes(memory, self.root_device, threads if isinstance(threads, int) else None)
+    def _make_lanes(self, machine: Machine, settings: GradientSettings) -> Lanes:
+        return make_lanes(self.root_device, machine, settings)
 
     # Stepping.
 
@@ -251,6 +236,8 @@ class OffloadBehaviour(Strategy):
         if self._adopt_due or self._window.weights:  # hooks may write after any micro-batch
             self._adopt_due = False
             self.engine.adopt()
+        assert self.lightning_module is not None
+        self._calibration.run(self.engine, self.lightning_module.trainer, self.lightning_module)
         # automatic: `optimizer_step` has said whether it is the last, and is running this as its closure;
         # manual: nobody has said yet that gradients may leave before the step
         self.begin_micro_batch(last=self.engine.stepping, visible=not self._is_automatic)
@@ -286,6 +273,7 @@ class OffloadBehaviour(Strategy):
         self.precision_plugin._after_closure(module, optimizer)
         engine.step(self.precision_plugin.take_clip())
         self._torn = False
+        self._calibration.stepped()
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
         if self._window.weights or (self._window.epochs and self._ends_epoch(module.trainer)):
             engine.flush()
@@ -374,41 +362,18 @@ class OffloadBehaviour(Strategy):
         """In torch's own layout, so that a plain Trainer resumes from it; the rest is under our key."""
         if self.engine is None:
             return super().optimizer_state(optimizer)
-        extras = self.engine.extras()
-        if self._torn:  # the whole micro-batch will be done again
-            extras[GRADIENTS] = {}
-        return self.engine.optimizer_state() | {EXTRAS: extras}
+        return pack(self.engine, self._calibration, torn=self._torn)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self.engine is None:
             super().load_optimizer_state_dict(checkpoint)
             return
-        states = checkpoint["optimizer_states"]
-        if len(states) != 1:
-            raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
-        state = states[0]
-        self.engine.load_optimizer_state(state)
-        if EXTRAS in state:
-            self.engine.load_extras(state[EXTRAS])
-            self._pending = state[EXTRAS][GRADIENTS]
+        self._pending = unpack(self.engine, self._calibration, checkpoint["optimizer_states"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""
         return super().__getstate__() | {"engine": None, "_uncap": None}
-
-
-def _chosen_before(trainer: Trainer) -> Mapping[str, Any] | None:
-    """What the run that is being continued had chosen for ``"auto"``."""
-    states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states") or [{}]
-    chosen: Mapping[str, Any] | None = states[0].get(EXTRAS, {}).get(SETTINGS)
-    return chosen
-
-
-def _mixin_settings(module: LightningModule) -> Mapping[str, Any]:
-    """Clipping and accumulation by the module's own hand (``OffloadMixin.offload``)."""
-    offload = getattr(module, "offload", None)
-    return offload if isinstance(offload, Mapping) else {}
 
 
 def _cpu(value: Any) -> Any:

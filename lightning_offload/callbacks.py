@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_offload.attaching import dims
+from lightning_offload.attachment import Attachment
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Total
@@ -80,7 +82,7 @@ class OffloadStats(Callback):
 
 
 class OffloadSummary(Callback):
-    """Prints, at the start of fit, every unit with its parameters, dtype, where they live, and the bytes of each place.
+    """Prints, at the start of fit, every unit with its parameters, dtype, where they are trained, and bytes by place.
 
     Equal blocks are one row.
     """
@@ -126,9 +128,9 @@ def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
     unit = engine.units[index]
     host = [t for t in engine.host.trained if t.unit is unit]
     resident = [t for t in engine.resident.trained if t.unit is unit]
-    parts = [
-        (label, sum(t.parameter.numel() for t in group)) for label, group in (("host", host), ("device", resident))
-    ]
+    own = [t for t in engine.own.trained if t.unit is unit] if engine.own is not None else []
+    groups = {f"projected ({dims(engine, own)})" if own else "": own, "host": host, "device": resident}
+    parts = [(label, sum(t.parameter.numel() for t in group)) for label, group in groups.items()]
     frozen = unit.numel - sum(count for _, count in parts)
     where = " + ".join(f"{label} {count:,}" for label, count in [*parts, ("frozen", frozen)] if count)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in unit.parameters.values()})
@@ -139,7 +141,7 @@ def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
         f"{unit.numel:,}",
         ", ".join(dtypes),
         where or "-",
-        f"{engine.host_bytes(host) / mib:.1f}",
+        f"{engine.host_bytes([*own, *host]) / mib:.1f}",
         f"{device / mib:.1f}",
     )
 
@@ -163,8 +165,10 @@ def _align(cell: str, width: int, column: int) -> str:
 
 
 def _engine(trainer: Trainer) -> Engine | None:
-    strategy = trainer.strategy
-    return strategy.engine if isinstance(strategy, OffloadBehaviour) else None
+    strategy, attachment = trainer.strategy, Attachment.of(trainer)
+    if isinstance(strategy, OffloadBehaviour):
+        return strategy.engine
+    return attachment.engine if attachment is not None else None
 
 
 def _count(batch: Any) -> tuple[int, str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_offload.attachment import Attachment
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.methods.base import Clip
+from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,8 @@ class OffloadMixin:
 
     automatic_optimization = False
     offload: Mapping[str, Any] = {}
+    _of_method: ClassVar[frozenset[str]] = frozenset()
+    """Names in ``offload`` that are not of ``StepSettings``."""
 
     def loss(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one micro-batch (scalar with a graph)."""
@@ -97,13 +103,16 @@ class OffloadMixin:
         batch_idx = module.trainer.fit_loop.epoch_loop.batch_idx
         ends_epoch = module.trainer.is_last_batch or batch_idx + 1 >= module.trainer.num_training_batches
         last = (batch_idx + 1) % window == 0 or ends_epoch
-        loss = closure()
+        attachment = self._attachment
+        with attachment.micro_batch(last=last) if attachment is not None else nullcontext():
+            loss = closure()
         if batch_idx % window == 0:
             optimizer.zero_grad()
         # autocast and a 16-bit default dtype must not reach the step, which Lightning runs inside them here
         with torch.autocast(module.device.type, enabled=False), default_dtype(torch.float32):
             self._begin(last)
-            module.manual_backward(loss / window)
+            with attachment.backward(last=last) if attachment is not None else nullcontext():
+                module.manual_backward(loss / window)
             if last:
                 self._step(optimizer, settings)
         if last:
@@ -120,9 +129,9 @@ class OffloadMixin:
     @property
     def _step_settings(self) -> StepSettings:
         try:
-            return StepSettings(**self.offload)
+            return StepSettings(**{name: v for name, v in self.offload.items() if name not in self._of_method})
         except TypeError as error:
-            known = ", ".join(StepSettings.__dataclass_fields__)
+            known = ", ".join([*StepSettings.__dataclass_fields__, *sorted(self._of_method)])
             raise ValueError(
                 f"`{type(self).__name__}.offload` has an unknown setting ({error}); known: {known}"
             ) from None
@@ -137,13 +146,21 @@ class OffloadMixin:
             )
         return optimizer
 
+    @property
+    def _attachment(self) -> Attachment | None:
+        """What steps under a plain strategy, where the module has a method of its own."""
+        return None
+
     def _begin(self, last: bool) -> None:
         strategy = self._module.trainer.strategy
         if isinstance(strategy, OffloadBehaviour):
             strategy.begin_micro_batch(last=last)
 
     def _step(self, optimizer: LightningOptimizer, settings: StepSettings) -> None:
-        if settings.gradient_clip_val is not None:
+        attachment = self._attachment
+        if settings.gradient_clip_val is not None and attachment is not None and not attachment.sees_gradients:
+            attachment.clip = Clip(settings.gradient_clip_val, settings.gradient_clip_algorithm)
+        elif settings.gradient_clip_val is not None:
             self._module.clip_gradients(
                 optimizer.optimizer,
                 gradient_clip_val=settings.gradient_clip_val,
@@ -160,6 +177,61 @@ class OffloadMixin:
                 )
             if config.interval == interval and count % config.frequency == 0:
                 self._module.lr_scheduler_step(config.scheduler, None)
+
+
+class LSPMixin(OffloadMixin):
+    """``OffloadMixin`` for modules that are trained by method ``lsp``, whatever the strategy.
+
+    ::
+
+        class LitModel(LSPMixin, L.LightningModule):
+            offload = dict(dim=0.25, accumulate_grad_batches=4)
+
+    Under ``lsp_offload`` the strategy does the work. Under a plain strategy of one device the module brings its own
+    engine and gives the same numbers without hiding anything: the update rule by itself. Checkpoints of one continue
+    in the other. Those who override ``configure_callbacks`` must add what ``super()`` returns.
+
+    Attributes:
+        offload: Settings of the step and of ``LSPSettings`` by name, and ``calibration_dataloader``.
+    """
+
+    offload_method: ClassVar[str] = LSP.name
+    _of_method = frozenset({field.name for field in fields(LSPSettings)} | {"calibration_dataloader"})
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """What ``offload`` says of the method."""
+        names = {field.name for field in fields(LSPSettings)}
+        return {name: value for name, value in self.offload.items() if name in names}
+
+    @property
+    def offload_calibration(self) -> Any:
+        """Batches for ``calibration="batch"``, or None."""
+        return self.offload.get("calibration_dataloader")
+
+    def offload_own_method(self) -> Method:
+        """The method, for a strategy that brings none."""
+        return LSP(LSPSettings(**self.method_settings))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What steps under a plain strategy."""
+        trainer = self._module.trainer
+        if isinstance(trainer.strategy, OffloadBehaviour) or Attachment.of(trainer) is not None:
+            return []
+        return [Attachment()]
+
+    @property
+    def _attachment(self) -> Attachment | None:
+        trainer = self._module.trainer
+        if isinstance(trainer.strategy, OffloadBehaviour):
+            return None
+        attachment = Attachment.of(trainer)
+        if attachment is None:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}.configure_callbacks` left out what `LSPMixin` steps with: return "
+                "`[*super().configure_callbacks(), ...]`"
+            )
+        return attachment
 
 
 @contextmanager

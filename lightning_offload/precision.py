@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_offload.methods.base import Clip, DTypes
+from lightning_offload.methods.base import Clip, DTypes, Rounding
+from lightning_offload.methods.method import Method
 
 PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,24 +23,27 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class OffloadPrecision(Precision):
     """Which dtype lives where under an offload strategy.
 
-    ============  ==========================  ========  =======================  =======  ========
-    precision     compute, device weights     wire      master                   moments  rounding
-    ============  ==========================  ========  =======================  =======  ========
-    32-true       as the weights are          weight's  the fp32 weight itself   fp32     nearest
-    bf16-mixed    autocast over fp32 weights  fp32      the fp32 weight itself   fp32     nearest
-    bf16-true     bf16                        bf16      fp32 on the host         fp32     nearest
-    ============  ==========================  ========  =======================  =======  ========
+    ============  ==========================  ========  ====================================  =======
+    precision     compute, device weights     wire      master                                moments
+    ============  ==========================  ========  ====================================  =======
+    32-true       as the weights are          weight's  the fp32 weight itself                fp32
+    bf16-mixed    autocast over fp32 weights  fp32      the fp32 weight itself                fp32
+    bf16-true     bf16                        bf16      fp32 on the host; lsp: none where it  fp32
+                                                        projects, stochastic rounding instead
+    ============  ==========================  ========  ====================================  =======
 
-    Weights that are 16-bit already get fp32 masters under every precision. Inside the steps everything is as with
-    Lightning's own plugin of the same name, except that ``bf16-true`` leaves non-persistent buffers (rotary
-    frequencies) in their dtype: rounding them would change the positions that a pretrained model has learned.
+    Weights that are 16-bit already get fp32 masters under every precision (but for those that ``lsp`` projects).
+    Inside the steps everything is as with Lightning's own plugin of the same name, except that ``bf16-true`` leaves
+    non-persistent buffers (rotary frequencies) in their dtype: rounding them would change the positions that a
+    pretrained model has learned.
 
     Args:
         precision: One of the names above.
         master: dtype of the masters; float32.
         wire: dtype that crosses the link; that of the compute weights.
         moments: dtype of the optimizer state; float32.
-        rounding: How a master becomes a compute weight; ``"nearest"``.
+        rounding: How a 16-bit weight takes a finer step: ``"nearest"``, or for methods without masters (lsp)
+            ``"stochastic"``, their default.
 
     Raises:
         ValueError: A precision or dtype that is not supported, naming the argument and what is.
@@ -54,7 +58,7 @@ class OffloadPrecision(Precision):
         master: torch.dtype | str | None = None,
         wire: torch.dtype | str | None = None,
         moments: torch.dtype | str | None = None,
-        rounding: Literal["nearest", "stochastic"] | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         if precision not in get_args(PrecisionName):
             raise ValueError(
@@ -99,25 +103,34 @@ class OffloadPrecision(Precision):
         name: Any = plugin.precision
         return cls(name)
 
-    def dtypes(self, method: str) -> DTypes:
+    def dtypes(self, method: Method) -> DTypes:
         """The dtypes for one method.
 
         Raises:
             ValueError: The method cannot work with one that was asked for, naming the argument.
         """
-        dtypes = DTypes.of(self.precision)
+        keeps_masters = method.rounding == "nearest"
+        if self._rounding not in (None, "nearest") and keeps_masters:
+            raise ValueError(
+                f"`OffloadPrecision(rounding={self._rounding!r})` is not supported by method `{method.name}`, which "
+                "keeps fp32 masters; it must be 'nearest'."
+            )
+        if self._rounding not in (None, *get_args(Rounding)):
+            raise ValueError(f"`OffloadPrecision(rounding={self._rounding!r})` must be one of: {get_args(Rounding)}.")
+        dtypes = DTypes.of(self.precision, self._rounding or method.rounding)
+        if dtypes.compute is not None and self._asked["master"] is not None and not keeps_masters:
+            raise ValueError(
+                f"`OffloadPrecision(master={self._asked['master']})` is not supported by method `{method.name}` with "
+                f"`precision={self.precision!r}`, which keeps no masters of the weights that it projects. Leave it out "
+                "(rounding='stochastic' loses no small steps), or use `precision='bf16-mixed'`."
+            )
         supported = {"master": torch.float32, "moments": torch.float32, "wire": dtypes.compute or torch.float32}
         for name, only in supported.items():
             if self._asked[name] not in (None, only):
                 raise ValueError(
-                    f"`OffloadPrecision({name}={self._asked[name]})` is not supported by method `{method}` with "
+                    f"`OffloadPrecision({name}={self._asked[name]})` is not supported by method `{method.name}` with "
                     f"`precision={self.precision!r}`; it must be {only}."
                 )
-        if self._rounding not in (None, "nearest"):
-            raise ValueError(
-                f"`OffloadPrecision(rounding={self._rounding!r})` is not supported by method `{method}`, which keeps "
-                "fp32 masters; it must be 'nearest'."
-            )
         return dtypes
 
     def use_device(self, device: torch.device) -> None:

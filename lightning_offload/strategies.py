@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -18,19 +19,33 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.method import Method
+from lightning_offload.methods.settings import GradientSettings
 
 
 class OneDevice(OffloadBehaviour, SingleDeviceStrategy):
-    """The behaviour on exactly one device: the first that the Trainer offers."""
+    """The behaviour on exactly one device: the first that the Trainer offers.
+
+    Args:
+        settings: Of the method, by name.
+        accelerator: As for every Lightning strategy.
+        checkpoint_io: As for every Lightning strategy.
+        precision_plugin: As for every Lightning strategy.
+    """
 
     def __init__(
         self,
+        settings: Mapping[str, Any],
         *,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        defaults = {field.name: field.default for field in fields(self.settings_type)}
+        self._given = {name: value for name, value in settings.items() if value != defaults[name]}
+        self.settings: GradientSettings = self.settings_type(**self._given)
         self._devices: list[torch.device] = []
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
 
@@ -122,6 +137,7 @@ class FullOffloadStrategy(OneDevice):
     """
 
     strategy_name: ClassVar[str] = "full_offload"  # type: ignore[misc]  # an instance variable in Lightning
+    settings_type = FullSettings
 
     def __init__(
         self,
@@ -140,19 +156,162 @@ class FullOffloadStrategy(OneDevice):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        self.settings = FullSettings(
-            accumulate=accumulate,
-            min_numel=min_numel,
-            blocks=blocks,
-            pin_memory=pin_memory,
-            host_threads=host_threads,
-            skip_nonfinite=skip_nonfinite,
-            max_skips=max_skips,
-            on_misfit=on_misfit,
-            max_device_gib=max_device_gib,
-            max_host_gib=max_host_gib,
+        super().__init__(
+            {
+                "accumulate": accumulate,
+                "min_numel": min_numel,
+                "blocks": blocks,
+                "pin_memory": pin_memory,
+                "host_threads": host_threads,
+                "skip_nonfinite": skip_nonfinite,
+                "max_skips": max_skips,
+                "on_misfit": on_misfit,
+                "max_device_gib": max_device_gib,
+                "max_host_gib": max_host_gib,
+            },
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
         )
-        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+
+    @override
+    def _method(self) -> Method:
+        assert isinstance(self.settings, FullSettings)
+        return Full(self.settings)
 
 
-STRATEGIES: tuple[type[OneDevice], ...] = (FullOffloadStrategy,)
+class LSPOffloadStrategy(OneDevice):
+    """AdamW in a d x d subspace of each linear weight, in host memory: d x d numbers cross the link, not whole weights.
+
+    The LightningModule stays as it is, with ``torch.optim.AdamW``. What is not a linear weight of the blocks is trained
+    by exact AdamW, or not at all (``others``). Layers do not wait for each other unless gradients are clipped. Source:
+    LSP-Offload (arXiv 2406.10181).
+
+    Args:
+        projector: ``"block"`` (block-diagonal, orthonormal at random; the default), ``"pca"`` (the closed-form best of
+            each block) or ``"learned"`` (the paper: positions at random, values fitted).
+        nnz: Nonzeros per row of a projector; 8.
+        refit_every: Optimizer steps between two looks at a matrix's projectors; 100.
+        bias_threshold: Relative bias up to which they are kept; 0.8.
+        threshold_over: Whether each ``"matrix"`` (the default) is judged by itself, or the mean over ``"all"``.
+        calibration: Projectors are fitted to the gradients of training (``"train"``, the default) or to those of
+            ``calibration_dataloader`` (``"batch"``).
+        moments: At a refit: ``"transfer"`` (into the new subspace, the default), ``"paper"`` or ``"reset"``.
+        scale: ``"match"`` (an update has the size of AdamW's, the default) or ``"none"``.
+        preset: ``"paper"`` changes the defaults above to the paper's choices; what is given wins.
+        dim: d, an integer or a fraction of min(m, n); ``"auto"`` is the largest that hides under backward here.
+        share: Projectors per ``"matrix"``, or per ``"type"``: one pair for all matrices of one shape and name.
+        fit_steps: Steps of a fit of learned projectors.
+        fit_lr: Its learning rate, decayed along a cosine.
+        fit_beta: Its weight decay.
+        others: Embeddings, head, norms and biases: ``"adamw"`` or ``"frozen"``.
+        form: From the ``"gradient"``, or from ``"activations"`` and output gradients without ever forming it.
+        tokens: Of a micro-batch, for ``dim="auto"`` to reckon with.
+        seed: Of everything drawn; ``None`` is torch's initial seed.
+        accumulate: Where micro-batches accumulate: ``"device"``, ``"host"`` (fp32), or ``"auto"``.
+        min_numel: Smaller parameters stay on the device with their optimizer state.
+        blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
+        pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
+        host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
+        skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
+        max_skips: Skipped steps in a row that are put up with; one more is an error.
+        on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
+        max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
+        max_host_gib: Host memory that the arenas stay within, as if the machine had no more.
+        calibration_dataloader: Batches like those of training, for ``calibration="batch"``; taken round and round.
+        accelerator: As for every Lightning strategy.
+        checkpoint_io: As for every Lightning strategy; the default streams to disk.
+        precision_plugin: An ``OffloadPrecision``, to choose dtypes one by one.
+
+    Raises:
+        ValueError: A setting that cannot work.
+    """
+
+    strategy_name: ClassVar[str] = "lsp_offload"  # type: ignore[misc]  # as above
+    settings_type = LSPSettings
+
+    def __init__(
+        self,
+        *,
+        projector: Literal["learned", "pca", "block"] | None = None,
+        nnz: int | None = None,
+        refit_every: int | float | None = None,
+        bias_threshold: float | None = None,
+        threshold_over: Literal["matrix", "all"] | None = None,
+        calibration: Literal["train", "batch"] | None = None,
+        moments: Literal["transfer", "paper", "reset"] | None = None,
+        scale: Literal["match", "none"] | None = None,
+        preset: Literal["paper"] | None = None,
+        dim: int | float | Literal["auto"] = 0.5,
+        share: Literal["matrix", "type"] = "matrix",
+        fit_steps: int = 100,
+        fit_lr: float = 0.06,
+        fit_beta: float = 0.01,
+        others: Literal["adamw", "frozen"] = "adamw",
+        form: Literal["gradient", "activations"] = "gradient",
+        tokens: int = 1024,
+        seed: int | None = None,
+        accumulate: Literal["auto", "device", "host"] = "auto",
+        min_numel: int = 4096,
+        blocks: Sequence[str | type[nn.Module]] | None = None,
+        pin_memory: bool | Literal["auto"] = "auto",
+        host_threads: int | Literal["auto"] = "auto",
+        skip_nonfinite: bool = True,
+        max_skips: int = 10,
+        on_misfit: Literal["error", "warn"] = "error",
+        max_device_gib: float | None = None,
+        max_host_gib: float | None = None,
+        calibration_dataloader: Iterable[Any] | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        self.calibration_dataloader = calibration_dataloader
+        super().__init__(
+            {
+                "projector": projector,
+                "nnz": nnz,
+                "refit_every": refit_every,
+                "bias_threshold": bias_threshold,
+                "threshold_over": threshold_over,
+                "calibration": calibration,
+                "moments": moments,
+                "scale": scale,
+                "preset": preset,
+                "dim": dim,
+                "share": share,
+                "fit_steps": fit_steps,
+                "fit_lr": fit_lr,
+                "fit_beta": fit_beta,
+                "others": others,
+                "form": form,
+                "tokens": tokens,
+                "seed": seed,
+                "accumulate": accumulate,
+                "min_numel": min_numel,
+                "blocks": blocks,
+                "pin_memory": pin_memory,
+                "host_threads": host_threads,
+                "skip_nonfinite": skip_nonfinite,
+                "max_skips": max_skips,
+                "on_misfit": on_misfit,
+                "max_device_gib": max_device_gib,
+                "max_host_gib": max_host_gib,
+            },
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+
+    @override
+    def _method(self) -> Method:
+        assert isinstance(self.settings, LSPSettings)
+        return LSP(self.settings)
+
+    @override
+    def _claims_anything(self, method: Method) -> bool:
+        """Nothing to project is an error of the method."""
+        return True
+
+
+STRATEGIES: tuple[type[OneDevice], ...] = (FullOffloadStrategy, LSPOffloadStrategy)

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_offload import FullOffloadStrategy
-from lightning_offload.behaviour import EXTRAS
 from lightning_offload.checkpoint import OffloadCheckpointIO
 from lightning_offload.errors import CheckpointError
+from lightning_offload.resuming import EXTRAS
 from tests import plain as plain_script
 from tests.plain import BATCHES, Lit, fit, loader, new, trainer
 

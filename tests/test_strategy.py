@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import lightning_offload
-from lightning_offload import FullOffloadStrategy, OffloadPrecision
+from lightning_offload import FullOffloadStrategy, OffloadPrecision, attaching
 from lightning_offload.errors import HostMemoryError, NonFiniteError, OffloadError, PartitionError
 from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
@@ -278,7 +278,7 @@ def test_every_way_to_accumulate_is_seen(kind: str) -> None:
         module.offload = {"accumulate_grad_batches": 2}
     callbacks = [GradientAccumulationScheduler({0: 2})] if kind == "scheduler" else []
     made = trainer(offload(), callbacks=callbacks, accumulate_grad_batches=2 if kind == "trainer" else 1)
-    assert FullOffloadStrategy._accumulates(made, module) is (kind != "none")
+    assert attaching.accumulates(made, module) is (kind != "none")
 
 
 def test_the_cpu_as_device_locks_no_memory() -> None:

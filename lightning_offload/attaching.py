@@ -1,0 +1,148 @@
+"""Hangs an engine on a LightningModule that is about to be fitted, whoever asks: a strategy or a mixin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_offload.memory.arena import HostMemory
+from lightning_offload.memory.blocks import partition
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.cuda import cuda_lanes
+from lightning_offload.memory.lanes import InlineLanes, Lanes
+from lightning_offload.methods.base import DTypes, Trained
+from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.method import Method
+from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.uses import Uses
+from lightning_offload.resuming import chosen_before
+from lightning_offload.windows import Window, find_window
+
+MakeLanes = Callable[[Machine, GradientSettings], Lanes]
+
+
+def make_lanes(device: torch.device, machine: Machine, settings: GradientSettings) -> Lanes:
+    """Streams on a GPU; on the CPU everything at once."""
+    cap = settings.max_host_bytes
+    if device.type == "cpu":
+        return InlineLanes(HostMemory(pin=False, cap_bytes=cap), device)
+    memory = HostMemory(pin=settings.pin_memory, machine=machine, cap_bytes=cap)
+    threads = settings.host_threads
+    return cuda_lanes(memory, device, threads if isinstance(threads, int) else None)
+
+
+def attach(
+    who: str,
+    trainer: Trainer,
+    module: LightningModule,
+    method: Method,
+    dtypes: DTypes,
+    device: torch.device,
+    make_lanes: MakeLanes,
+    *,
+    uses: Uses | None = None,
+) -> Engine:
+    """An engine on ``module`` and the Trainer's optimizer, with every ``"auto"`` resolved and said.
+
+    Args:
+        who: Named before what is said.
+        trainer: Of the fit.
+        module: To be trained.
+        method: With what was asked for.
+        dtypes: Which dtype lives where.
+        device: Where it computes.
+        make_lanes: The lanes.
+        uses: What a plan has found out about the forward.
+    """
+    asked = method.settings
+    machine = Machine.detect(device).capped(device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes)
+    units = partition(module, asked.blocks)
+    reasons = method.resolve(
+        module, units, machine, dtypes, accumulates=accumulates(trainer, module), before=chosen_before(trainer)
+    )
+    for reason in reasons:
+        rank_zero_info(f"{who}: {reason}")
+    engine = Engine(
+        module,
+        trainer.strategy.optimizers[0],
+        method,
+        make_lanes(machine, method.settings),
+        dtypes,
+        machine=machine,
+        expects_clip=bool(expected_clip(trainer, module)),
+        uses=uses,
+        units=units,
+    )
+    if engine.own is not None:
+        rank_zero_info(f"{who}: {placement(engine)}")
+    return engine
+
+
+def look_for_readers(who: str, trainer: Trainer, module: LightningModule, settings: GradientSettings) -> Window:
+    """Which hooks look at weights or gradients in flight, said once."""
+    window = find_window(trainer, module)
+    if window.weights:
+        rank_zero_info(
+            f"{who}: {', '.join(window.weights)} may look at weights between steps, so every step waits for its "
+            "weights to be back on the device, and weights written there are taken over."
+        )
+    if window.gradients:
+        hooks = ", ".join(window.gradients)
+        rank_zero_info(f"{who}: {hooks} may look at gradients, so they stay on the device until the step.")
+        if getattr(settings, "form", None) == "activations":
+            rank_zero_warn(
+                f"`form='activations'` has no effect: {hooks} may look at gradients, so they are formed. Remove the "
+                "hook, or pass form='gradient'."
+            )
+    return window
+
+
+def expected_clip(trainer: Trainer, module: LightningModule) -> float | None:
+    """The Trainer's, or the module's own."""
+    own: float | None = own_settings(module).get("gradient_clip_val")
+    return trainer.gradient_clip_val or own
+
+
+def accumulates(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether any step of the fit may have more than one micro-batch."""
+    own: int = own_settings(module).get("accumulate_grad_batches", 1)
+    scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return trainer.accumulate_grad_batches > 1 or own > 1 or scheduled
+
+
+def own_settings(module: LightningModule) -> Mapping[str, Any]:
+    """What the module says by its own hand (``OffloadMixin.offload``)."""
+    offload = getattr(module, "offload", None)
+    return offload if isinstance(offload, Mapping) else {}
+
+
+def placement(engine: Engine) -> str:
+    """Where the parameters are trained, in a sentence."""
+    assert engine.own is not None
+    own, parameters = engine.own.trained, sum(unit.numel for unit in engine.units)
+    rest = {
+        "on the common path in host memory": _numel(engine.host.trained),
+        f"on the device (smaller than min_numel={engine.method.settings.min_numel:,})": _numel(engine.resident.trained),
+        "frozen": parameters - _numel(engine.trained),
+    }
+    others = ", ".join(f"{count:,} {where}" for where, count in rest.items() if count)
+    return (
+        f"projects {len(own)} linear weights to {dims(engine, own)}: {_numel(own):,} of {parameters:,} parameters "
+        f"({_numel(own) / parameters:.0%}); the others: {others or 'none'}"
+    )
+
+
+def dims(engine: Engine, trained: list[Trained]) -> str:
+    """The subspaces' size in words."""
+    dim_of: Any = getattr(engine.method.settings, "dim_of", None)
+    found = sorted({dim_of(*t.parameter.shape) for t in trained})
+    return f"dim {found[0]}" if len(found) == 1 else f"dim {found[0]} to {found[-1]}"
+
+
+def _numel(trained: list[Trained]) -> int:
+    return sum(t.parameter.numel() for t in trained)

@@ -1,0 +1,153 @@
+"""A method under a plain strategy: the engine of a mixin that the Trainer's strategy knows nothing of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_offload.attaching import attach, look_for_readers, make_lanes
+from lightning_offload.calibration import Calibration
+from lightning_offload.methods.base import Clip
+from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.method import Method
+from lightning_offload.precision import OffloadPrecision
+from lightning_offload.resuming import pack, unpack
+from lightning_offload.windows import Window
+
+
+class Attachment(Callback):
+    """Puts an engine in the place of ``optimizer.step`` for the time of a fit; every step waits for its weights.
+
+    Attributes:
+        engine: Of the running, or of the last, fit.
+        clip: What the next step is to be clipped by.
+    """
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.clip: Clip | None = None
+        self._window = Window()
+        self._pending: Mapping[str, Tensor] = {}
+        self._torn = False
+        self._put_back: Callable[[], object] = bool
+
+    @staticmethod
+    def of(trainer: Trainer) -> Attachment | None:
+        """The Trainer's, if it has one."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Attachment)), None)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+        self.engine, self._pending, self._torn = None, {}, False
+        make: Callable[[], Method] | None = getattr(pl_module, "offload_own_method", None)
+        if make is None:
+            return
+        who, method, device = type(pl_module).__name__, make(), pl_module.device
+        _check_strategy(trainer, who)
+        dtypes = OffloadPrecision.from_plugin(trainer.precision_plugin, who).dtypes(method)
+        self._calibration = Calibration(getattr(pl_module, "offload_calibration", None), method.settings)
+        self.engine = attach(who, trainer, pl_module, method, dtypes, device, partial(make_lanes, device))
+        self._window = look_for_readers(who, trainer, pl_module, method.settings)
+        self._take_step()
+        states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states")
+        if states is not None:
+            self._pending = unpack(self.engine, self._calibration, states)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.engine is not None:
+            self.engine.optimizer.state.clear()  # the Trainer has loaded what the engine holds
+            self.engine.drop()
+            self.engine.load_gradients(self._pending)
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Around the forward of a micro-batch."""
+        engine = self.engine
+        assert engine is not None
+        module: Any = engine.module
+        if self._window.may_write:
+            engine.adopt()
+        self._calibration.run(engine, module.trainer, module)
+        engine.gradients_visible, engine.stepping = self.sees_gradients, last
+        with engine.micro_batch():
+            yield
+
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Around its backward: an exception in it leaves a part of the micro-batch in the gradients."""
+        self._torn = True
+        yield
+        self._torn = last
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether somebody looks at ``p.grad``, where gradients then stay until the step."""
+        return bool(self._window.gradients)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """As an offload strategy does it: either continues from the other's checkpoint."""
+        if self.engine is not None and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [pack(self.engine, self._calibration, torn=self._torn)]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def _take_step(self) -> None:
+        optimizer: Any = self.engine.optimizer if self.engine is not None else None
+        before = optimizer.__dict__.get("step")
+
+        def put_back() -> None:
+            optimizer.__dict__.pop("step")
+            if before is not None:  # a scheduler's wrapper
+                optimizer.step = before
+
+        optimizer.step, self._put_back = self._step, put_back
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        engine = self.engine
+        assert engine is not None
+        result = closure() if closure is not None else None
+        clip, self.clip = self.clip, None
+        engine.step(clip)
+        engine.flush()
+        self._torn = False
+        self._calibration.stepped()
+        engine.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
+        return result
+
+    def _detach(self) -> None:
+        """State stays readable: a checkpoint may be saved after fit."""
+        put_back, self._put_back = self._put_back, bool
+        put_back()
+        if self.engine is not None:
+            self.engine.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The engine stays behind."""
+        return {**Attachment().__dict__}
+
+
+def _check_strategy(trainer: Trainer, who: str) -> None:
+    strategy, device = trainer.strategy, trainer.strategy.root_device
+    if not isinstance(strategy, SingleDeviceStrategy) or device.type not in ("cpu", "cuda"):
+        raise MisconfigurationException(
+            f"`{who}` trains by a method of its own, on one CUDA GPU or the CPU; found `{type(strategy).__name__}` on "
+            f"`{device.type}`. Pass `Trainer(devices=1, accelerator='cuda')` or 'cpu'."
+        )

@@ -1,0 +1,89 @@
+"""What a checkpoint keeps of an engine, and how one that another method or a plain Trainer has made is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_offload.calibration import Calibration
+from lightning_offload.errors import CheckpointError
+from lightning_offload.methods.engine import GRADIENTS, METHOD, OWN, SETTINGS, Engine
+
+CALIBRATION = "calibration"
+EXTRAS = "lightning_offload"
+"""Our key in a checkpoint's ``optimizer_states[0]``; torch and Lightning ignore it."""
+
+
+def chosen_before(trainer: Trainer) -> Mapping[str, Any] | None:
+    """What the run that is being continued had chosen for ``"auto"``."""
+    states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states") or [{}]
+    chosen: Mapping[str, Any] | None = states[0].get(EXTRAS, {}).get(SETTINGS)
+    return chosen
+
+
+def pack(engine: Engine, calibration: Calibration, *, torn: bool) -> dict[str, Any]:
+    """The optimizer's state in torch's own layout, so that a plain Trainer resumes from it; the rest under our key.
+
+    Args:
+        engine: Whose.
+        calibration: Its batches.
+        torn: A part of a micro-batch is in the gradients: the whole of it will be done again.
+    """
+    extras = engine.extras()
+    if torn:
+        extras[GRADIENTS] = {}
+    return engine.optimizer_state() | {EXTRAS: extras | {CALIBRATION: calibration.state()}}
+
+
+def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]]) -> Mapping[str, Tensor]:
+    """The inverse of ``pack``; returns the gradients of an unfinished window, which Lightning clears once more.
+
+    Raises:
+        CheckpointError: It belongs to another model, to other settings, or to a window that cannot be finished.
+    """
+    if len(states) != 1:
+        raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
+    state = states[0]
+    extras: Mapping[str, Any] = state.get(EXTRAS, {})
+    if extras:
+        _check_window(engine, extras)
+    engine.load_optimizer_state(state)
+    if extras:
+        engine.load_extras(dict(extras))
+        calibration.load(extras.get(CALIBRATION, {}))
+    if extras.get(METHOD) != engine.method.name and (engine.own is not None or extras.get(OWN)):
+        _warn_of_new_moments(engine, extras)
+    gradients: Mapping[str, Tensor] = extras.get(GRADIENTS, {})
+    return gradients
+
+
+def _check_window(engine: Engine, extras: Mapping[str, Any]) -> None:
+    """The first part of a window is of the form in which the method that made it sums up."""
+    if not extras[GRADIENTS]:
+        return
+    method, where = extras[METHOD], extras[SETTINGS].get("accumulate")
+    own, own_where = engine.method.name, engine.method.settings.accumulate
+    if method != own:
+        raise CheckpointError(
+            f"The checkpoint was saved by method `{method}` in the middle of an accumulation window, which `{own}` "
+            f"cannot finish. Continue with `{method}_offload` to the next optimizer step and save there "
+            "(`ModelCheckpoint(every_n_train_steps=...)` does), or load the weights alone (`load_from_checkpoint`)."
+        )
+    if engine.own is not None and where != own_where:
+        raise CheckpointError(
+            f"The checkpoint was saved in the middle of an accumulation window with `accumulate={where!r}`, this run "
+            f"has `accumulate={own_where!r}`: continue with the setting of the checkpoint."
+        )
+
+
+def _warn_of_new_moments(engine: Engine, extras: Mapping[str, Any]) -> None:
+    source = f"method `{extras[METHOD]}`" if METHOD in extras else "a plain Trainer"
+    projected = {t.name for t in engine.own.trained} if engine.own is not None else set(extras[OWN])
+    rank_zero_warn(
+        f"The checkpoint was made by {source}, this run trains by method `{engine.method.name}`: weights are loaded, "
+        f"but the optimizer's moments of {len(projected)} linear weights live in another space and start anew."
+    )
