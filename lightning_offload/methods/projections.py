@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -165,17 +165,19 @@ class Projections:
         settings = self._settings
         if settings.projector == "pca":
             return self._made(*pca(gradient, self._dim, settings.nnz))
-        return self._made(
-            *fit(
-                drawn.left,
-                drawn.right,
-                gradient,
-                steps=settings.fit_steps,
-                lr=settings.fit_lr,
-                weight_decay=settings.fit_beta,
-                reached=lambda relative: self._lanes.read(relative, math.inf) <= settings.bias_threshold,
-            )
+        fitted = fit(
+            drawn.left,
+            drawn.right,
+            gradient,
+            steps=settings.fit_steps,
+            lr=settings.fit_lr,
+            weight_decay=settings.fit_beta,
+            reached=lambda relative: self._lanes.read(relative, math.inf) <= settings.bias_threshold,
         )
+        # a gradient that is not finite must not spoil the steps that follow
+        finite = torch.stack([side.values.isfinite().all() for side in fitted]).all()
+        sides = zip(fitted, (drawn.left, drawn.right), strict=True)
+        return self._made(*(replace(to, values=torch.where(finite, to.values, start.values)) for to, start in sides))
 
     def _made(self, *sides: Projector) -> Pair:
         left, right = (side.to(self._lanes.device, self._dtype) for side in sides)
