@@ -115,6 +115,21 @@ class Export:
 
 
 @dataclass
+class Quality:
+    """`lightning_offload.bench.QualitySettings`."""
+
+    arms: list[str] | None = None
+    steps: int = MISSING
+    batch: int = MISSING
+    length: int = MISSING
+    seeds: int = MISSING
+    held_out_tokens: int = MISSING
+    jobs: int = MISSING
+    folder: str = MISSING
+    gsm8k: str | None = None
+
+
+@dataclass
 class Bench:
     """`lightning-offload bench`."""
 
@@ -126,6 +141,7 @@ class Bench:
     rounds: int = MISSING
     training_rounds: int = MISSING
     steps: int = MISSING
+    quality: Quality = field(default_factory=Quality)
     output: str | None = None
 
 

@@ -19,12 +19,14 @@ from lightning_offload.conf import schema
 from lightning_offload.bench import (
     SECTIONS,
     BenchSettings,
+    QualitySettings,
     Report,
     Row,
     Table,
     arms,
     host,
     prediction,
+    quality_runs,
     run_bench,
     sections,
     simulated,
@@ -50,7 +52,15 @@ TINY = {
     "tie_word_embeddings": False,
 }
 QUICK = BenchSettings(
-    numel=1, rounds=2, training_rounds=1, steps=1, models=["llama_1b3"], batch=1, length=8, sections=["host"]
+    numel=1,
+    rounds=2,
+    training_rounds=1,
+    steps=1,
+    models=["llama_1b3"],
+    batch=1,
+    length=8,
+    sections=["host"],
+    quality=QualitySettings(arms=["adamw"], steps=1, batch=1, length=16, seeds=1, jobs=1),
 )
 WORK = Workload(title="tiny", config=TINY, batch=1, length=8, device="cpu", precision="32-true")
 RATES = Rates(
@@ -68,8 +78,11 @@ ALL_MACHINES = simulated.machines()
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The models of all sections, that small; one machine to plan for, and none to measure."""
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The models and texts of all sections, that small; one machine to plan for, and none to measure."""
+    monkeypatch.chdir(tmp_path)
+    noise = torch.randint(VOCAB, (2, 16))
+    monkeypatch.setattr(quality_runs, "read_text", lambda length, gsm8k: quality_runs.Text(noise, noise, noise))
     monkeypatch.setattr(sections, "SMALL", TINY)
     monkeypatch.setattr(sections, "shape", lambda name: TINY)
     monkeypatch.setattr(host, "_shapes", lambda numel: [torch.Size((8, 8))] * 6)
@@ -97,7 +110,9 @@ def test_every_section_runs_on_the_cpu_and_yields_finite_positive_numbers(name: 
         assert table.markdown() in said
         assert all(math.isfinite(value) and value >= 0 for row in table.rows for value in row.values.values())
         timed = [row for row in table.rows if row.samples_s]
-        assert len(timed) == (0 if name in ("rates", "simulated", "published", "prediction") else len(table.rows))
+        assert len(timed) == (
+            0 if name in ("rates", "simulated", "published", "prediction", "quality") else len(table.rows)
+        )
         assert all(second > 0 for row in timed for second in row.samples_s)
 
 
@@ -117,8 +132,9 @@ def test_what_this_machine_cannot_is_left_out_and_said(monkeypatch: pytest.Monke
     monkeypatch.setattr(sections, "SECTIONS", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report, _ = _run(replace(QUICK, sections=None))
-    assert [table.section for table in report.tables] == ["training", "prediction"]
-    assert all("no CUDA device" in left_out.markdown() for left_out in report.tables)
+    assert [table.section for table in report.tables] == ["training", "prediction", "quality"]
+    assert all("sections=[" in left_out.markdown() for left_out in report.tables)
+    assert all("no CUDA device" in left_out.markdown() for left_out in report.tables[:2])
 
 
 def test_arms_run_in_turns_and_the_first_round_does_not_count() -> None:
@@ -331,7 +347,7 @@ def test_the_bound_of_full_is_that_of_a_plan_but_for_what_it_does_not_count(slow
     [
         (
             {"sections": ["hots"]},
-            r"no section 'hots'; there are rates, host, overhead, simulated, published, training, prediction",
+            r"no section 'hots'; there are rates, host, overhead, simulated, published, training, prediction, quality",
         ),
         ({"models": ["opt_3b"]}, r"no model 'opt_3b'; there are gpt2, .*opt_175b.*qwen3_8b"),
         ({"rounds": 0}, r"rounds=0: give at least 1"),

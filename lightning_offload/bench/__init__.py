@@ -4,7 +4,8 @@ Each section compares arms that run in turns, round by round in one process: abs
 little, ratios within a round do.
 """
 
+from lightning_offload.bench.quality import QualitySettings
 from lightning_offload.bench.report import Report, Row, Table
 from lightning_offload.bench.sections import SECTIONS, BenchSettings, run_bench
 
-__all__ = ["SECTIONS", "BenchSettings", "Report", "Row", "Table", "run_bench"]
+__all__ = ["SECTIONS", "BenchSettings", "QualitySettings", "Report", "Row", "Table", "run_bench"]

@@ -67,14 +67,15 @@ METHODS = (Arm(name="full_offload", strategy=FullOffloadStrategy, bound_s=full_b
 """One arm per method of this package."""
 
 
-def _not_installed(module: str, package: str) -> str | None:
+def not_installed(module: str, package: str) -> str | None:
+    """Why an arm that takes this package cannot run, if it cannot."""
     return None if find_spec(module) else f"not installed (pip install {package})"
 
 
 def _torchao_why_not() -> str | None:
     if not torch.cuda.is_available():
         return "runs on CUDA and XPU devices alone"
-    return _not_installed("torchao", "torchao")
+    return not_installed("torchao", "torchao")
 
 
 def _torchao(module: CausalLM) -> Optimizer:
@@ -84,9 +85,10 @@ def _torchao(module: CausalLM) -> Optimizer:
     return made
 
 
-def _galore_why_not() -> str | None:
-    missing = _not_installed("galore_torch", "galore-torch")
-    return missing or _not_installed("bitsandbytes", "bitsandbytes")  # which its import takes, whatever is used
+def galore_why_not() -> str | None:
+    """The same of GaLore."""
+    missing = not_installed("galore_torch", "galore-torch")
+    return missing or not_installed("bitsandbytes", "bitsandbytes")  # which its import takes, whatever is used
 
 
 def _galore(module: CausalLM) -> Optimizer:
@@ -140,13 +142,13 @@ PEERS = (
     Arm(
         name=f"GaLore AdamW, rank {GALORE_RANK}",
         optimizer=_galore,
-        why_not=_galore_why_not,
+        why_not=galore_why_not,
         note="steps between two renewals of the projectors (an SVD of every matrix, each 200 steps); not its quality",
     ),
     Arm(
         name=f"LoRA, rank {RANK}, all linears",
         prepare=_add_lora,
-        why_not=lambda: _not_installed("peft", "peft"),
+        why_not=lambda: not_installed("peft", "peft"),
         note="trains adapters, not the weights",
     ),
 )

@@ -32,6 +32,8 @@ _HEADS = {
     "host_gib": "host GiB",
     "native_s": "native s",
     "zero_offload_s": "ZeRO-Offload's schedule s",
+    "device_kib": "device KiB",
+    "host_kib": "host KiB",
 }
 _WITH_RATIO = ("ratio_low", "ratio_high")
 
@@ -144,4 +146,6 @@ def _cell(row: Row, name: str) -> str:
     if name == "ratio" and all(end in row.values for end in _WITH_RATIO):
         low, high = (row.values[end] for end in _WITH_RATIO)
         return f"{value:.3f} ({low:.3f}..{high:.3f})"
+    if name.startswith("loss"):
+        return f"{value:.4f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

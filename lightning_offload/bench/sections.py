@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from lightning_offload.bench.arms import ARMS
 from lightning_offload.bench.host import host_phase
 from lightning_offload.bench.prediction import predictions
+from lightning_offload.bench.quality import QualitySettings, quality
 from lightning_offload.bench.report import Report, Row, Table, environment
 from lightning_offload.bench.simulated import beside_published, simulate
 from lightning_offload.bench.training import Workload, compare
@@ -61,6 +62,7 @@ class BenchSettings:
         models: Of the sections ``simulated`` and ``training``, by their names in ``conf/model``.
         batch: Sequences per step, for these models.
         length: Tokens of each.
+        quality: Of the section of that name.
 
     Raises:
         ValueError: A section or a model that there is not, or a number below 1.
@@ -74,6 +76,7 @@ class BenchSettings:
     models: Sequence[str] = ("llama_1b3", "llama3_8b")
     batch: int = 8
     length: int = 1024
+    quality: QualitySettings = field(default_factory=QualitySettings)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, naming the setting and what there is."""
@@ -170,6 +173,8 @@ def _needs_cuda(section: str) -> str | None:
     return None if torch.cuda.is_available() else f"there is no CUDA device; sections=[{section}] measures here"
 
 
+_WHOLE_TRAININGS = "it is over a hundred trainings of half a minute; sections=[quality] runs them"
+
 SECTIONS: dict[str, Section] = {
     "rates": Section(_rates_table),
     "host": Section(_host),
@@ -178,6 +183,7 @@ SECTIONS: dict[str, Section] = {
     "published": Section(lambda settings: beside_published()),
     "training": Section(_training, lambda: _needs_cuda("training")),
     "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
+    "quality": Section(lambda settings: quality(settings.quality), lambda: _WHOLE_TRAININGS),
 }
 """By name, in the order of a run."""
 
