@@ -43,7 +43,7 @@ def assert_projected(run: Run, before: nn.Module, *, steps: int, exactly: bool =
     assert [t.name for t in run.engine.own.trained] == names != []
     homes = run.engine.own._home.values()
     per_step = sum(home.wire.nbytes for home in homes)
-    assert per_step == sum(home.pair.left.dim ** 2 * home.trained.parameter.element_size() for home in homes)
+    assert per_step == sum(home.pair.left.dim**2 * home.trained.parameter.element_size() for home in homes)
     moved = ledger.moved("h2d", "deltas")
     assert moved == per_step * steps if exactly else 0 < moved <= per_step * steps
     assert ledger.moved("d2h", "compressed gradients") >= moved
@@ -256,12 +256,13 @@ def dense_train(
             run.losses.append(loss.item())
             arrived.clear()
             loss.backward()
-            if last or settings.accumulate == "host":
-                waiting = [n for n, m in projected.matrices.items() if n not in arrived and m.weight.grad is not None]
-                for name in dict.fromkeys([*arrived, *waiting]):
-                    weight = projected.matrices[name].weight
-                    projected.take(name, weight.grad, last=last)
-                    weight.grad = None
+            waiting = [n for n, m in projected.matrices.items() if last and m.weight.grad is not None]
+            for name in dict.fromkeys([*arrived, *waiting]):
+                matrix = projected.matrices[name]
+                leaves = settings.accumulate == "host" or (settings.form == "activations" and matrix.shared.fitted)
+                if last or leaves:
+                    projected.take(name, matrix.weight.grad, last=last)
+                    matrix.weight.grad = None
         _clip(projected, module, clip)
         projected.update(optimizer.param_groups)
         optimizer.step()

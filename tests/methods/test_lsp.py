@@ -143,6 +143,7 @@ DENSE: dict[str, list[Any]] = {
     "recompute": ["no", "non-reentrant", "reentrant"],
     "share": ["matrix", "type"],
     "others": ["adamw", "frozen"],
+    "form": ["gradient", "activations"],
     "refit_every": [1, 2, 3, float("inf")],
     "schedule": [False, True],
     "groups": [False, True],
@@ -166,7 +167,7 @@ def run_dense(row: dict[str, Any], *, seed: int = 0) -> tuple[Net, Run, Run, Den
     if row["recompute"] == "reentrant" and "frozen" in (row["others"], row["model"]):
         row = {**row, "recompute": "non-reentrant"}  # as above
     net = Net(recompute=row["recompute"], **flags(row["model"]))
-    names = ("projector", "moments", "scale", "accumulate", "skip_nonfinite", "share", "others", "refit_every")
+    names = ("projector", "moments", "scale", "accumulate", "skip_nonfinite", "share", "others", "form", "refit_every")
     settings = settings_of(dim=row["shape"][0], nnz=row["shape"][1], **{key: row[key] for key in names})
     common = {
         "micro_batches": row["micro_batches"],
@@ -228,7 +229,9 @@ def test_narrow_weights_are_within_one_rounding_of_the_exact_step(projector: str
 
     def note(module: Any, step: int) -> None:
         names = projected_names(Net())
-        seen.append({n: (module.get_parameter(n).detach().clone(), module.get_parameter(n).grad.clone()) for n in names})
+        seen.append(
+            {n: (module.get_parameter(n).detach().clone(), module.get_parameter(n).grad.clone()) for n in names}
+        )
 
     def smooth(module: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(module.parameters(), lr=0.1, eps=0.1)  # where S cancels its rounding is not blown up
@@ -259,7 +262,9 @@ def test_narrow_weights_are_within_one_rounding_of_the_exact_step(projector: str
 
 def test_every_byte_moves_once_a_step() -> None:
     for accumulate, down in (("device", 1), ("host", 3)):
-        run = train(Net(), lanes_of("inline"), method=lsp(accumulate=accumulate, refit_every=float("inf")), micro_batches=3)
+        run = train(
+            Net(), lanes_of("inline"), method=lsp(accumulate=accumulate, refit_every=float("inf")), micro_batches=3
+        )
         assert run.engine is not None
         ledger = run.engine.lanes.ledger
         assert ledger.moved("h2d", "deltas") == 5 * 6 * 9 * 9 * 4

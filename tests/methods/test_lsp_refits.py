@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import pytest
@@ -14,10 +14,18 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.methods import projections, subspace
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.engine import Engine
-from lightning_offload.numerics.fitting import fit
-from tests.helpers import VOCAB, WIDTH, Net, Run, adamw, assert_same, lanes_of, train
-from tests.methods.test_lsp import NARROW, close, gentle
-from tests.projected import assert_projected, carried, dense, dense_train, lsp, projected_names, relative_bias, settings_of
+from tests.helpers import VOCAB, WIDTH, Net, Run, lanes_of, train
+from tests.methods.test_lsp import close, gentle
+from tests.projected import (
+    assert_projected,
+    carried,
+    dense,
+    dense_train,
+    lsp,
+    projected_names,
+    relative_bias,
+    settings_of,
+)
 
 NEVER = float("inf")
 
@@ -38,7 +46,9 @@ def test_threshold_0_always_refits_and_an_infinite_one_never(projector: str, mon
     assert not asked  # nobody needs to know
     kept = train(Net(), lanes_of("inline"), steps=13, method=lsp(**changes, bias_threshold=NEVER))
     assert set(draws(kept).values()) == {1}
-    never = train(Net(), lanes_of("inline"), steps=13, method=lsp(**{**changes, "refit_every": NEVER, "bias_threshold": 0.5}))
+    never = train(
+        Net(), lanes_of("inline"), steps=13, method=lsp(**{**changes, "refit_every": NEVER, "bias_threshold": 0.5})
+    )
     looked = len(asked)
     assert set(draws(never).values()) == {1}
     assert never.engine.lanes.ledger.moved("d2h", "projectors") == 0
@@ -59,7 +69,13 @@ def test_each_matrix_is_judged_by_its_own_bias() -> None:
             seen[step, name] = home.projections.draws
 
     run = train(
-        Net(), lanes_of("inline"), steps=8, method=lsp(**vars(settings)), late=True, spoil=note, after_attach=kept.append
+        Net(),
+        lanes_of("inline"),
+        steps=8,
+        method=lsp(**vars(settings)),
+        late=True,
+        spoil=note,
+        after_attach=kept.append,
     )
     edges = sorted(biases.values())
     threshold = (edges[len(edges) // 2] + edges[len(edges) // 2 - 1]) / 2
@@ -96,16 +112,23 @@ def test_units_take_turns(share: str, every: int) -> None:
         history.append({name: home.projections.draws for name, home in kept[0].own._home.items()})
 
     steps = 1 + 5 * every
-    train(Net(), lanes_of("inline"), steps=steps, method=lsp(refit_every=every, share=share), spoil=note, after_attach=kept.append)
+    train(
+        Net(),
+        lanes_of("inline"),
+        steps=steps,
+        method=lsp(refit_every=every, share=share),
+        spoil=note,
+        after_attach=kept.append,
+    )
     history.append({name: home.projections.draws for name, home in kept[0].own._home.items()})
-    replaced = [{n for n in after if after[n] != before[n]} for before, after in zip(history, history[1:], strict=False)]
+    replaced = [{n for n in after if after[n] != before[n]} for before, after in itertools.pairwise(history)]
     assert not any(replaced[: every - 1])  # noted after backward, in which a refit happens
     of_step = [{name.split(".")[1 if share == "matrix" else 2] for name in names} for names in replaced]
     assert max(len(units) for units in of_step) == 1
     assert set().union(*of_step) == ({"0", "1", "2"} if share == "matrix" else {"up", "down"})
     for name in history[0]:
         at = [step for step, names in enumerate(replaced) if name in names]
-        assert {later - earlier for earlier, later in zip(at, at[1:], strict=False)} == {every}, name
+        assert {later - earlier for earlier, later in itertools.pairwise(at)} == {every}, name
 
 
 @pytest.mark.parametrize("rule", ["transfer", "paper"])
@@ -226,7 +249,12 @@ def test_several_backwards_in_a_step_add_up() -> None:
     changes = {"projector": "block", "refit_every": NEVER}
     expected = train(Net(), lanes_of("inline"), method=lsp(**changes), make_optimizer=gentle, clip=Clip(9.0))
     ours = train(
-        Halves(), lanes_of("checked"), method=lsp(**changes), make_optimizer=gentle, clip=Clip(9.0), after_attach=stepping
+        Halves(),
+        lanes_of("checked"),
+        method=lsp(**changes),
+        make_optimizer=gentle,
+        clip=Clip(9.0),
+        after_attach=stepping,
     )
     for name, weight in expected.weights.items():
         torch.testing.assert_close(ours.weights[name], weight, rtol=0, atol=2e-6)
@@ -251,7 +279,9 @@ def test_one_norm_over_all_sums_and_all_other_gradients() -> None:
     def note(module: Any, step: int) -> None:
         home = kept[0].own._home
         others = [p.grad for n, p in module.named_parameters() if n not in home]
-        sums = [dense(home[n].pair.left).T @ module.get_parameter(n).grad.double() @ dense(home[n].pair.right) for n in home]
+        sums = [
+            dense(home[n].pair.left).T @ module.get_parameter(n).grad.double() @ dense(home[n].pair.right) for n in home
+        ]
         norms.append(torch.stack([g.double().norm() for g in (*others, *sums)]).norm())
 
     for min_numel in (0, 60):
