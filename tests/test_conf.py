@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_offload
 from lightning_offload.cli.options import options
+from lightning_offload.methods.lsp import PRESETS
 
 CONF = Path(schema.__file__).parent
 GROUPS = {
@@ -53,6 +54,8 @@ def mandatory(group: str, option: str) -> list[str]:
     """What the file leaves to the user."""
     if option == "by_shape":
         return ["model.config={model_type: gpt2, n_layer: 2}"]
+    if (group, option) == ("experiment", "lsp_gsm8k"):
+        return ["data.path=somewhere"]
     needs_path = (group, option) in {("model", "pretrained"), ("data", "text"), ("data", "jsonl")}
     return [f"{group}.path=somewhere"] if needs_path else []
 
@@ -180,10 +183,29 @@ def test_a_precision_on_the_command_line_wins_over_the_hardware() -> None:
     assert composed("hardware=cpu", "precision=bf16-true").precision.precision == "bf16-true"
 
 
+DEPARTS = {"lsp_paper": {"preset": "paper", "share": "type", "fit_lr": 0.05}}
+"""Where a file of a method is not at the strategy's defaults."""
+
+
 @pytest.mark.parametrize("option", [name for name in GROUPS["method"] if name != "none"])
 def test_method_settings_are_those_of_the_strategy(option: str) -> None:
     node = composed(f"method={option}").trainer.strategy
     of_lightning = {"accelerator", "checkpoint_io", "precision_plugin"}
     given = {name: value for name, value in node.items() if name not in {"_target_", *of_lightning}}
     parameters = inspect.signature(get_class(node._target_)).parameters.values()
-    assert given == {p.name: p.default for p in parameters if p.name not in of_lightning}
+    defaults = {p.name: p.default for p in parameters if p.name not in of_lightning}
+    assert given == defaults | DEPARTS.get(option, {})
+
+
+def test_lsp_is_the_default_and_its_paper_rounds_to_nearest() -> None:
+    assert composed().method.name == composed(command="plan").method.name == "lsp"
+    for option, rounding in (("lsp", "stochastic"), ("lsp_paper", "nearest")):
+        strategy = trainer_from(composed(f"method={option}", "precision=bf16-true")).strategy
+        assert strategy.precision_plugin.dtypes(strategy._method()).rounding == rounding
+
+
+def test_what_a_preset_decides_is_said_in_the_comments() -> None:
+    lines = (CONF / "method" / "lsp.yaml").read_text().splitlines()
+    for name, value in PRESETS[None].items():
+        line = next(line for line in lines if line.strip().startswith(f"{name}: null"))
+        assert line.partition("# ")[2].startswith(str(value)), name

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -15,7 +16,6 @@ from lightning_offload.cli.building import build, build_data, shown
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
-from lightning_offload.methods.full import FullSettings
 from lightning_offload.planning import Plan
 from lightning_offload.planning import plan as make_plan
 from lightning_offload.planning.report import report
@@ -61,8 +61,9 @@ def _how(cfg: DictConfig) -> dict[str, Any]:
     settings = None
     if OmegaConf.is_config(trainer.strategy):
         given = _plain(trainer.strategy)
-        names = {field.name for field in dataclasses.fields(FullSettings)}
-        settings = FullSettings(**{name: value for name, value in given.items() if name in names})
+        kind = get_class(given["_target_"]).settings_type
+        names = {field.name for field in dataclasses.fields(kind)}
+        settings = kind(**{name: value for name, value in given.items() if name in names})
     return {
         "method": cfg.method.name,
         "settings": settings,

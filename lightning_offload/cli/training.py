@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
 
 from lightning_offload import runs
 from lightning_offload.behaviour import OffloadBehaviour
@@ -41,6 +42,7 @@ def train(cfg: DictConfig) -> int:
             print(f"continues from {shown(resume)}")
         _check_trainable(cfg, model, optimizer)
         batch = _first_batch(data)
+        _calibrate(trainer, data)
         planned = plan_of_run(cfg, trainer, model, batch, optimizer) if cfg.plan else None
         _watch(cfg, trainer, planned, folder)
         if not trainer.fast_dev_run:  # which leaves nothing behind
@@ -110,6 +112,17 @@ def _first_batch(data: Any) -> Any:
     batch = next(iter(data.train_dataloader()))
     print(f"\n{data.preview(batch)}\n")
     return batch
+
+
+def _calibrate(trainer: L.Trainer, data: Any) -> None:
+    """Where projectors are fitted to batches apart and none were given: training data, in an order of its own."""
+    strategy: Any = trainer.strategy
+    wanted = getattr(getattr(strategy, "settings", None), "calibration", None) == "batch"
+    if wanted and strategy.calibration_dataloader is None:
+        train = data.train_dataloader()
+        strategy.calibration_dataloader = DataLoader(
+            train.dataset, batch_size=train.batch_size, shuffle=True, collate_fn=train.collate_fn
+        )
 
 
 def validate(trainer: L.Trainer, model: Any, data: Any, ckpt_path: Path | None = None) -> dict[str, float]:
