@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.virtual import VirtualLanes
-from lightning_offload.methods.base import Clip
+from lightning_offload.methods.base import Clip, Trained
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.twin import explaining
 from lightning_offload.methods.uses import Uses
 
+Watch = Callable[[str, Sequence[Tensor]], AbstractContextManager[None]]
+"""Around a call of the engine from backward: the parameter's name, and the factors of its gradient, if any."""
+
 
 class Driver(Protocol):
     """What trains the twin: an engine, or nothing but an optimizer."""
+
+    def watch(self, watch: Watch) -> None:
+        """Have backward's calls watched; the first of those for a gradient in ``p.grad`` is a hook's."""
+        ...
 
     @property
     def units(self) -> Sequence[Unit]:
@@ -46,6 +55,10 @@ class Driver(Protocol):
         """Replayed: the parameter of this name has its gradient."""
         ...
 
+    def called(self, name: str, factors: Sequence[Tensor]) -> None:
+        """Replayed: a call that was watched."""
+        ...
+
     def step(self) -> None:
         """One optimizer step."""
         ...
@@ -59,6 +72,22 @@ class Driver(Protocol):
         ...
 
 
+class WatchedEngine(Engine):
+    """An engine that can be watched."""
+
+    watch: Watch = staticmethod(lambda name, factors: nullcontext())
+
+    @override
+    def gradient_arrived(self, trained: Trained) -> None:
+        with self.watch(trained.name, ()):
+            super().gradient_arrived(trained)
+
+    @override
+    def factors_arrived(self, trained: Trained, left: Tensor, right: Tensor) -> None:
+        with self.watch(trained.name, (left, right)):
+            super().factors_arrived(trained, left, right)
+
+
 class EngineDriver:
     """A method on its engine.
 
@@ -68,10 +97,14 @@ class EngineDriver:
         serial: Wait for the new weights after each step, as ZeRO-Offload does.
     """
 
-    def __init__(self, engine: Engine, *, clip: Clip | None, serial: bool = False) -> None:
+    def __init__(self, engine: WatchedEngine, *, clip: Clip | None, serial: bool = False) -> None:
         self.engine, self.units = engine, engine.units
         self._clip, self._serial = clip, serial
         self._offloaded = {t.name: t for part in engine.senders for t in part.trained}
+
+    def watch(self, watch: Watch) -> None:
+        """See ``Driver.watch``."""
+        self.engine.watch = watch
 
     @property
     def uses(self) -> Uses:
@@ -97,6 +130,13 @@ class EngineDriver:
     def gradient_arrived(self, name: str) -> None:
         """See ``Driver.gradient_arrived``."""
         if name in self._offloaded:
+            self.engine.gradient_arrived(self._offloaded[name])
+
+    def called(self, name: str, factors: Sequence[Tensor]) -> None:
+        """See ``Driver.called``."""
+        if factors:
+            self.engine.factors_arrived(self._offloaded[name], *factors)
+        else:
             self.engine.gradient_arrived(self._offloaded[name])
 
     def step(self) -> None:
@@ -148,8 +188,14 @@ class NativeDriver:
         """See ``Driver.enter``."""
         self._lanes.mark("backward" if recomputed else "forward", unit + 1)
 
+    def watch(self, watch: Watch) -> None:
+        """See ``Driver.watch``: there is no engine."""
+
     def gradient_arrived(self, name: str) -> None:
         """See ``Driver.gradient_arrived``."""
+
+    def called(self, name: str, factors: Sequence[Tensor]) -> None:
+        """See ``Driver.called``."""
 
     def step(self) -> None:
         """See ``Driver.step``."""

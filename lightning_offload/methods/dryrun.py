@@ -31,13 +31,23 @@ from lightning_offload.methods.meter import Work, seconds
 from lightning_offload.methods.twin import Step, Twin, TwinMeter, explaining, pretending
 
 
+@dataclass(frozen=True)
+class Call:
+    """The engine was called for this parameter; with the shapes of its gradient's factors, if they have come."""
+
+    name: str
+    factors: tuple[torch.Size, ...]
+    dtype: torch.dtype | None
+
+
 @dataclass(eq=False)
 class Happening:
-    """Work of the module, and the engine's cue at its end: a unit that is entered, a gradient that has arrived."""
+    """Work of the module, and the engine's cue at its end: a unit that is entered, a gradient in ``p.grad``, a call."""
 
     work: list[Work] = field(default_factory=list)
     entered: int | None = None
     gradient: str | None = None
+    called: Call | None = None
 
 
 @dataclass
@@ -58,9 +68,10 @@ class Tape:
         self._part[-1].work.append(work)
         self.flops += work.flops
 
-    def cue(self, *, entered: int | None = None, gradient: str | None = None) -> None:
-        """The engine was called."""
-        self._part[-1].entered, self._part[-1].gradient = entered, gradient
+    def cue(self, *, entered: int | None = None, gradient: str | None = None, called: Call | None = None) -> None:
+        """The engine comes in."""
+        last = self._part[-1]
+        last.entered, last.gradient, last.called = entered, gradient, called
         self._part.append(Happening())
 
 
@@ -159,6 +170,7 @@ class DryRun:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_cue(name)))
             with self.meter.counting_as("optimizer state"):
                 self.driver = attach(self.lanes)
+            self.driver.watch(self._watch)
             for parameter in self._parameters.values():
                 if parameter.requires_grad:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._resume))
@@ -251,6 +263,17 @@ class DryRun:
 
         return hook
 
+    @contextmanager
+    def _watch(self, name: str, factors: Sequence[Tensor]) -> Iterator[None]:
+        """Nothing where the hook of the parameter itself has told, or in a replay."""
+        if self._tape is None:
+            yield
+            return
+        self._tape.cue(called=Call(name, tuple(f.shape for f in factors), factors[0].dtype if factors else None))
+        self._tape = None
+        yield
+        self._tape = self._recording
+
     def _resume(self, parameter: Tensor) -> None:
         """The driver has returned; what follows is the module's again."""
         self._tape = self._recording
@@ -299,6 +322,11 @@ class DryRun:
                     parameter.grad = torch.empty_like(parameter)
             with self._spending("gradient"):
                 self.driver.gradient_arrived(happening.gradient)
+        if (call := happening.called) is not None:
+            with self.meter.counting_as(None):
+                factors = [torch.empty(shape, dtype=call.dtype) for shape in call.factors]
+            with self._spending("gradient"):
+                self.driver.called(call.name, factors)
 
     @contextmanager
     def _spending(self, what: str) -> Iterator[None]:

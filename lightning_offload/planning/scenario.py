@@ -17,12 +17,11 @@ from lightning_offload.memory.allocator import MIB, replay
 from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.host_limits import cpu_model
-from lightning_offload.memory.ledger import Total
+from lightning_offload.memory.ledger import Span, Total
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip, DTypes
-from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver
+from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver, WatchedEngine
 from lightning_offload.methods.dryrun import DryRun, Timing
-from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
@@ -120,7 +119,7 @@ class Dry:
             if scenario.method == NATIVE:
                 return NativeDriver(units, optimizer, lanes, clip=scenario.clip)
             late = scenario.clip is not None or scenario.waits
-            engine = Engine(twin.module, optimizer, method, lanes, dtypes, expects_clip=late, units=units)
+            engine = WatchedEngine(twin.module, optimizer, method, lanes, dtypes, expects_clip=late, units=units)
             return EngineDriver(engine, clip=scenario.clip, serial=scenario.waits)
 
         self.run = DryRun(
@@ -197,16 +196,29 @@ class Dry:
 
     @property
     def bound_s(self) -> float:
-        """See ``targets.md``: with clipping or ``skip_nonfinite`` the host begins when backward has ended."""
+        """See ``targets.md``: what all gradients decide together waits for the end of backward, else the last alone."""
         timing, lanes = self.timing, self.timing.lanes
         busy = {lane: lanes.get(lane, Total()).seconds for lane in ("d2h", "h2d", "host")}
         if self.scenario.machine.device_type == "cpu" or self.scenario.method == NATIVE:
             return timing.compute_s + sum(busy.values())
-        hidden = max(timing.forward_s, self._after_backward("host", "step"), self._after_backward("h2d", "weights"))
-        late = timing.module_s - timing.forward_s + hidden if self._decides_late else 0.0
+        if not self._decides_late:
+            return max(timing.compute_s + self._tail_s, *busy.values())
+        hidden = max(timing.forward_s + timing.apply_s, self._of_lane("host", "step"), self._up_s)
+        late = timing.module_s - timing.forward_s + timing.compress_s + hidden
         return max(timing.compute_s, late, *busy.values())
 
-    def _after_backward(self, lane: str, kind: str) -> float:
+    @property
+    def _up_s(self) -> float:
+        return self._of_lane("h2d", "weights") + self._of_lane("h2d", "deltas")
+
+    @property
+    def _tail_s(self) -> float:
+        """The way of the unit that is needed first, whose last gradient comes last: down, stepped, up."""
+        first = min((span.order for span in self.timing.spans if span.lane == "h2d" and span.order > 0), default=0)
+        last = {span.lane: span for span in sorted(self.timing.spans, key=_end) if span.order == first}
+        return sum(last[lane].end_s - last[lane].start_s for lane in ("d2h", "host", "h2d") if lane in last)
+
+    def _of_lane(self, lane: str, kind: str) -> float:
         return self.timing.kinds.get((lane, kind), Total()).seconds
 
     def plan(self, *, only_if_it_fits: bool = False) -> Plan:
@@ -268,18 +280,36 @@ class Dry:
         stall_s = timing.step_s - timing.compute_s
         if stall_s < 0.05 * timing.step_s:
             return f"the device's compute ({100 * timing.compute_s / timing.step_s:.0f} % of the step)"
-        step_s, weights_s = self._after_backward("host", "step"), self._after_backward("h2d", "weights")
         down_s = timing.lanes.get("d2h", Total()).seconds
-        if down_s > max(step_s, weights_s, timing.backward_s):
+        if down_s > max(self._of_lane("host", "step"), self._up_s, timing.backward_s):
             return f"the link down: gradients take {seconds(down_s)}"
-        if self.scenario.method == SERIAL:
+        if self.scenario.waits:
             return f"the schedule: the device waits {seconds(stall_s)} for gradients, host and weights in turn"
-        what, slow_s = ("the host's step", step_s) if step_s >= weights_s else ("the link up", weights_s)
+        return self._late_bottleneck() if self._decides_late else self._early_bottleneck()
+
+    def _early_bottleneck(self) -> str:
+        """Of units that are stepped under backward."""
+        lane, slow_s = max(((lane, total.seconds) for lane, total in self.timing.lanes.items()), key=lambda x: x[1])
+        if slow_s > self.timing.compute_s:
+            return f"{_NAMES[lane]}, {seconds(slow_s)}, longer than the device computes"
+        return f"the way down, through the host and up of what backward reaches last, {seconds(self._tail_s)}"
+
+    def _late_bottleneck(self) -> str:
+        """Of a step that follows backward."""
+        timing, step_s = self.timing, self._of_lane("host", "step")
+        what, slow_s = ("the host's step", step_s) if step_s >= self._up_s else ("the link up", self._up_s)
         text = f"{what}, {seconds(slow_s)}, of which the next forward hides {seconds(min(timing.forward_s, slow_s))}"
         if timing.forward_s > 0 and slow_s > timing.forward_s:
             tokens, unit = _count(self.scenario.batch)
             text += f"; it would hide from about {round(tokens * slow_s / timing.forward_s):,} {unit} per micro-batch"
         return text
+
+
+_NAMES = {"host": "the host's work", "d2h": "the link down", "h2d": "the link up"}
+
+
+def _end(span: Span) -> float:
+    return span.end_s
 
 
 def _hardware(machine: Machine) -> str:

@@ -19,6 +19,7 @@ from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.meter import Meter
+from lightning_offload.methods.method import Method
 from lightning_offload.planning import plan
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.precision import OffloadPrecision
@@ -46,18 +47,18 @@ def loss_of(output: Any) -> Tensor:
 def run_for_real(
     module: nn.Module,
     batch: Any,
-    settings: FullSettings,
+    method: Method,
     precision: str,
     micro_batches: int = 1,
     clip: Clip | None = None,
 ) -> Real:
     """STEPS steps of the engine, everything inline."""
-    dtypes = DTypes.of(precision)
+    dtypes = DTypes.of(precision, method.rounding)
     if dtypes.compute is not None:
         module.to(dtypes.compute)
     lanes = InlineLanes(HostMemory(pin=False))
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
-    engine = Engine(module, optimizer, Full(settings), lanes, dtypes, expects_clip=clip is not None)
+    engine = Engine(module, optimizer, method, lanes, dtypes, expects_clip=clip is not None)
     meter = Meter()
     plugin = OffloadPrecision(precision)  # type: ignore[arg-type]
     plugin.use_device(torch.device("cpu"))
@@ -111,7 +112,7 @@ def test_bytes_of_every_lane_arenas_and_flops(row: dict[str, Any]) -> None:
     dry = Dry(scenario)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "planning trained"
 
-    real = run_for_real(module, batch, settings, row["precision"], row["micro_batches"], row["clip"])
+    real = run_for_real(module, batch, Full(settings), row["precision"], row["micro_batches"], row["clip"])
     predicted = {kind: (t.operations * STEPS, t.bytes * STEPS) for kind, t in dry.timing.kinds.items()}
     assert predicted == {kind: (total.operations, total.bytes) for kind, total in real.ledger.kinds.items()}
     assert ("h2d", "weights") in predicted or row["min_numel"]
@@ -220,14 +221,18 @@ def test_the_peak_on_the_device_is_within_five_percent(family: str, precision: s
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
-def predicted_and_measured(made: Callable[[], nn.Module], batch: dict[str, Tensor], precision: str) -> tuple[int, int]:
+def predicted_and_measured(
+    made: Callable[[], nn.Module], batch: dict[str, Tensor], precision: str, method: Method | None = None
+) -> tuple[int, int]:
     """Peak bytes on the device."""
-    planned = plan(made(), batch, precision=precision, hardware=cpu(), gradient_clip_val=1.0)  # type: ignore[arg-type]
+    method = method or Full(FullSettings(accumulate="device"))
+    asked = {"method": method.name, "settings": method.settings, "precision": precision}
+    planned = plan(made(), batch, hardware=cpu(), gradient_clip_val=1.0, **asked)  # type: ignore[arg-type]
     held: list[nn.Module] = []
 
     def run() -> None:
         held.append(made())
-        run_for_real(held[0], batch, FullSettings(accumulate="device"), precision, clip=Clip(1.0))
+        run_for_real(held[0], batch, method, precision, clip=Clip(1.0))
 
     return planned.device.bytes + planned.host.holds["casts"], allocated_peak(run)
 
