@@ -94,33 +94,37 @@ class Engine:
 
         settings = method.settings
         claims = method.claim(module, self.units)
-        if method.leaves_frozen():
-            self._freeze_all_but(claims)
-        self.trained = self._find_trained()
-        claimed = [t for t in self.trained if id(t.parameter) in claims]
-        others = [t for t in self.trained if id(t.parameter) not in claims]
-        on_host = [t for t in others if t.parameter.numel() >= settings.min_numel]
-        if machine is not None:
-            self._require_host(machine, claimed, on_host)
-        decides_late = expects_clip or (settings.skip_nonfinite and not method.layer_wise)
-        site = Site(self.rule, lanes, dtypes, settings.accumulate == "host", decides_late)
-        self.own = method.make_part(claimed, site)
-        self.host = HostOptimizer(
-            on_host, self.rule, lanes, dtypes, accumulate_on_host=site.accumulate_on_host, wants_norms=decides_late
-        )
-        small = [t for t in others if t.parameter.numel() < settings.min_numel]
-        self.resident = ResidentOptimizer(small, self.rule, lanes, dtypes)
-        self.senders: tuple[HostPart[Any], ...] = (*([self.own] if self.own is not None else []), self.host)
-        self.parts: tuple[Part, ...] = (*self.senders, self.resident)
-        self._part_of = {id(t): part for part in self.parts for t in part.trained}
-        self._judge = Judge(lanes, len(self.trained), settings.max_skips) if decides_late else None
-        self._tally = None
-        if settings.skip_nonfinite and not decides_late:
-            self._tally = Tally(lanes, len(small), settings.max_skips)
-        self._verdict: Verdict | None = None
-        self._calibrating: Callable[[Trained], None] | None = None
-        self._settle_frozen()
-        self._install()
+        try:
+            if method.leaves_frozen():
+                self._freeze_all_but(claims)
+            self.trained = self._find_trained()
+            claimed = [t for t in self.trained if id(t.parameter) in claims]
+            others = [t for t in self.trained if id(t.parameter) not in claims]
+            on_host = [t for t in others if t.parameter.numel() >= settings.min_numel]
+            if machine is not None:
+                self._require_host(machine, claimed, on_host)
+            decides_late = expects_clip or (settings.skip_nonfinite and not method.layer_wise)
+            site = Site(self.rule, lanes, dtypes, settings.accumulate == "host", decides_late)
+            self.own = method.make_part(claimed, site)
+            self.host = HostOptimizer(
+                on_host, self.rule, lanes, dtypes, accumulate_on_host=site.accumulate_on_host, wants_norms=decides_late
+            )
+            small = [t for t in others if t.parameter.numel() < settings.min_numel]
+            self.resident = ResidentOptimizer(small, self.rule, lanes, dtypes)
+            self.senders: tuple[HostPart[Any], ...] = (*([self.own] if self.own is not None else []), self.host)
+            self.parts: tuple[Part, ...] = (*self.senders, self.resident)
+            self._part_of = {id(t): part for part in self.parts for t in part.trained}
+            self._judge = Judge(lanes, len(self.trained), settings.max_skips) if decides_late else None
+            self._tally = None
+            if settings.skip_nonfinite and not decides_late:
+                self._tally = Tally(lanes, len(small), settings.max_skips)
+            self._verdict: Verdict | None = None
+            self._calibrating: Callable[[Trained], None] | None = None
+            self._settle_frozen()
+            self._install()
+        except BaseException:
+            self.unhook()
+            raise
 
     @property
     def report(self) -> StepReport:
@@ -339,7 +343,8 @@ class Engine:
             if t.name not in gradients:
                 continue
             part = self._part_of[id(t)]
-            if isinstance(part, HostPart) and self.method.settings.accumulate == "host":
+            is_sum = self.method.settings.accumulate == "host" or gradients[t.name].shape != t.parameter.shape
+            if isinstance(part, HostPart) and is_sum:
                 part.load_pending_of(t, gradients[t.name])
             else:
                 t.parameter.grad = gradients[t.name].to(t.parameter.device, t.parameter.dtype, copy=True)

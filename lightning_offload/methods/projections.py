@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """P and Q of a weight, and what an update is multiplied by."""
+    """P and Q of a weight, what an update is multiplied by, and how many have been drawn up to these."""
 
     left: Projector
     right: Projector
     scale: Tensor | None = None
+    draws: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +101,6 @@ class Projections:
     Attributes:
         key: Name of the matrix, or of what shares them; decides, with the seed, what is drawn.
         pair: The newest.
-        draws: How many have been drawn.
         fitted: Whether the newest has seen a gradient, as far as its kind needs one.
         members: The matrices that use it, in the order in which they lend their gradients to a refit.
         offset: Steps by which its refits come after others'.
@@ -118,12 +118,12 @@ class Projections:
     def __init__(
         self, key: str, shape: tuple[int, int], dim: int, settings: LSPSettings, lanes: Lanes, dtype: torch.dtype
     ) -> None:
-        self.draws, self.offset = 0, 0
+        self.offset = 0
         self.members: list[str] = []
         self.key, self._shape, self._dim, self._settings, self._lanes = key, shape, dim, settings, lanes
         self._dtype = dtype
         self.fitted = settings.projector == "block"
-        self.pair = self._draw()
+        self.pair = self._draw(0)
         self.on_host = HostPairs(key, self.pair, lanes) if settings.transfers else None
 
     def is_due(self, name: str, step: int) -> bool:
@@ -144,27 +144,26 @@ class Projections:
 
     def replaced(self, gradient: Tensor) -> Pair:
         """A new pair, drawn afresh and fitted to ``gradient`` (m, n)."""
-        drawn = self._draw()
+        drawn = self._draw(self.pair.draws)
         self.pair = drawn if self._settings.projector == "block" else self._fit(drawn, gradient)
         return self.pair
 
     def restore(self, left: Projector, right: Projector, draws: int, *, fitted: bool) -> Pair:
         """Go on with a checkpoint's."""
-        self.pair, self.draws, self.fitted = self._made(left, right), draws, fitted
+        self.pair, self.fitted = self._made(left, right, draws), fitted
         return self.pair
 
-    def _draw(self) -> Pair:
+    def _draw(self, before: int) -> Pair:
         """Random: all that ``block`` needs, the start of ``learned``, a place holder for ``pca``."""
         draw = partial(draw_sparse, values="signs") if self._settings.projector == "learned" else draw_block
-        generator = torch.Generator().manual_seed(seed_for(self._settings.seed, self.key, self.draws))
-        self.draws += 1
+        generator = torch.Generator().manual_seed(seed_for(self._settings.seed, self.key, before))
         left, right = (draw(rows, self._dim, self._settings.nnz, generator=generator) for rows in self._shape)
-        return self._made(left, right)
+        return self._made(left, right, before + 1)
 
     def _fit(self, drawn: Pair, gradient: Tensor) -> Pair:
         settings = self._settings
         if settings.projector == "pca":
-            return self._made(*pca(gradient, self._dim, settings.nnz))
+            return self._made(*pca(gradient, self._dim, settings.nnz), drawn.draws)
         fitted = fit(
             drawn.left,
             drawn.right,
@@ -177,11 +176,12 @@ class Projections:
         # a gradient that is not finite must not spoil the steps that follow
         finite = torch.stack([side.values.isfinite().all() for side in fitted]).all()
         sides = zip(fitted, (drawn.left, drawn.right), strict=True)
-        return self._made(*(replace(to, values=torch.where(finite, to.values, start.values)) for to, start in sides))
+        left, right = (replace(to, values=torch.where(finite, to.values, start.values)) for to, start in sides)
+        return self._made(left, right, drawn.draws)
 
-    def _made(self, *sides: Projector) -> Pair:
-        left, right = (side.to(self._lanes.device, self._dtype) for side in sides)
-        return Pair(left, right, matching_scale(left, right) if self._settings.scale == "match" else None)
+    def _made(self, left: Projector, right: Projector, draws: int) -> Pair:
+        left, right = (side.to(self._lanes.device, self._dtype) for side in (left, right))
+        return Pair(left, right, matching_scale(left, right) if self._settings.scale == "match" else None, draws)
 
 
 def seed_for(seed: int | None, key: str, count: int) -> int:

@@ -60,10 +60,10 @@ class SubspaceHome(Home):
     transferred: Event | None = None
     held: Tensor | None = None
 
-    def like(self, what: str) -> Hashable:
+    def like(self, what: str, *beside: Hashable) -> Hashable:
         """What it costs to do this with it depends on nothing else."""
         weight = self.trained.parameter
-        return what, weight.shape, weight.dtype, self.pair.left.dim
+        return what, weight.shape, weight.dtype, self.pair.left.dim, *beside
 
 
 class SubspaceOptimizer(HostPart[SubspaceHome]):
@@ -141,6 +141,22 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     def master_of(self, trained: Trained) -> Tensor | None:
         """See ``Part.master_of``."""
         return None
+
+    def pending_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.pending_of``: a sum on the device takes in what is in ``p.grad``."""
+        home = self._home[trained.name]
+        if home.held is not None:
+            with lane_context(self._lanes.device):
+                home.held, trained.parameter.grad = self._compressed(home), None
+        return super().pending_of(trained) if home.held is None else home.held
+
+    def load_pending_of(self, trained: Trained, gradient: Tensor) -> None:
+        """The inverse of ``pending_of``."""
+        if self._on_host:
+            super().load_pending_of(trained, gradient)
+        else:
+            weight = trained.parameter
+            self._home[trained.name].held = gradient.to(weight.device, weight.dtype, copy=True)
 
     # Beside the protocol.
 
@@ -313,7 +329,10 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         home = self._home[trained.name]
         if home.projections.fitted and not self._is_due(home, moment):
             with lane_context(self._lanes.device):
-                made = compress_activations(home.pair.left, home.pair.right, left, right)
+                made = self._lanes.run(
+                    home.like("activations", len(left)),
+                    lambda: compress_activations(home.pair.left, home.pair.right, left, right),
+                )
                 compressed = made.to(trained.parameter.dtype).reshape(-1)
                 home.held = compressed if home.held is None else home.held.add_(compressed)
         else:
@@ -480,7 +499,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         dim, pair = home.pair.left.dim, home.pair
         return {
             "dim": dim,
-            "draws": home.projections.draws,
+            "draws": home.projections.pair.draws,
             "fitted": home.projections.fitted,
             "left": {"values": pair.left.values.cpu(), "order": _cpu(pair.left.order)},
             "right": {"values": pair.right.values.cpu(), "order": _cpu(pair.right.order)},

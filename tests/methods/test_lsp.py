@@ -94,7 +94,7 @@ def test_identity_with_refits_really_replaces_projectors_and_moves_moments() -> 
     run = train(net, lanes_of("checked"), steps=8, method=lsp(**IDENTITY, projector="learned", refit_every=1, fit_lr=0))
     same_weights(train(net, None, steps=8), run)
     assert run.engine is not None
-    drawn = [home.projections.draws for home in run.engine.own._home.values()]
+    drawn = [home.projections.pair.draws for home in run.engine.own._home.values()]
     assert min(drawn) >= 6
     stays = lsp(**IDENTITY, projector="learned", refit_every=1, fit_lr=0, moments="reset")
     assert not torch.equal(
@@ -195,7 +195,7 @@ def test_equals_the_dense_loop(row: dict[str, Any]) -> None:
     assert (sum(shared.refits for shared in dense.shared.values()) > 0) == (row["refit_every"] != float("inf"))
     assert ours.engine is not None
     for name, home in ours.engine.own._home.items():
-        assert home.projections.draws == dense.matrices[name].shared.draws
+        assert home.projections.pair.draws == dense.matrices[name].shared.draws
 
 
 @pytest.mark.slow

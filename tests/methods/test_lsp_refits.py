@@ -32,7 +32,7 @@ NEVER = float("inf")
 
 def draws(run: Run) -> dict[str, int]:
     assert run.engine is not None
-    return {name: home.projections.draws for name, home in run.engine.own._home.items()}
+    return {name: home.projections.pair.draws for name, home in run.engine.own._home.items()}
 
 
 @pytest.mark.parametrize("projector", ["learned", "pca", "block"])
@@ -66,7 +66,7 @@ def test_each_matrix_is_judged_by_its_own_bias() -> None:
         for name, home in kept[0].own._home.items():
             p, q = dense(home.pair.left), dense(home.pair.right)
             biases[step, name] = relative_bias(p, q, module.get_parameter(name).grad)
-            seen[step, name] = home.projections.draws
+            seen[step, name] = home.projections.pair.draws
 
     run = train(
         Net(),
@@ -109,7 +109,7 @@ def test_units_take_turns(share: str, every: int) -> None:
     kept: list[Engine] = []
 
     def note(module: Any, step: int) -> None:
-        history.append({name: home.projections.draws for name, home in kept[0].own._home.items()})
+        history.append({name: home.projections.pair.draws for name, home in kept[0].own._home.items()})
 
     steps = 1 + 5 * every
     train(
@@ -120,7 +120,7 @@ def test_units_take_turns(share: str, every: int) -> None:
         spoil=note,
         after_attach=kept.append,
     )
-    history.append({name: home.projections.draws for name, home in kept[0].own._home.items()})
+    history.append({name: home.projections.pair.draws for name, home in kept[0].own._home.items()})
     replaced = [{n for n in after if after[n] != before[n]} for before, after in itertools.pairwise(history)]
     assert not any(replaced[: every - 1])  # noted after backward, in which a refit happens
     of_step = [{name.split(".")[1 if share == "matrix" else 2] for name in names} for names in replaced]
