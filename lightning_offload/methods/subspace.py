@@ -486,7 +486,10 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         decay: float | Tensor = home.decay
         if self._settings.skip_nonfinite:
             skipped = delta[0, 0].isnan()
-            delta, decay = delta.masked_fill(skipped, 0.0), torch.where(skipped, 1.0, decay)
+            factor = torch.full(
+                (), home.decay, dtype=torch.float32, device=delta.device
+            )  # whatever the default dtype is
+            delta, decay = delta.masked_fill(skipped, 0.0), factor.masked_fill_(skipped, 1.0)
         weight, noise = home.trained.parameter.detach(), None
         if self._dtypes.rounding == "stochastic" and weight.dtype == torch.bfloat16:
             seed = seed_for(self._settings.seed, home.trained.name, home.step_made)
