@@ -486,9 +486,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         decay: float | Tensor = home.decay
         if self._settings.skip_nonfinite:
             skipped = delta[0, 0].isnan()
-            factor = torch.full(
-                (), home.decay, dtype=torch.float32, device=delta.device
-            )  # whatever the default dtype is
+            # fp32, whatever the default dtype is
+            factor = torch.full((), home.decay, dtype=torch.float32, device=delta.device)
             delta, decay = delta.masked_fill(skipped, 0.0), factor.masked_fill_(skipped, 1.0)
         weight, noise = home.trained.parameter.detach(), None
         if self._dtypes.rounding == "stochastic" and weight.dtype == torch.bfloat16:
