@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from lightning_offload.bench import quality as bench
-from lightning_offload.bench import quality_arms, quality_runs
+from lightning_offload.bench import quality_arms, quality_runs, simulated
 from lightning_offload.bench.equal_loss import PUBLISHED, equal_loss, steps_to
 from lightning_offload.bench.measure import CannotRun
 from lightning_offload.bench.quality import Outcome, QualitySettings, best_rate, measure, quality, quality_table
 from lightning_offload.bench.quality_arms import QUALITY_ARMS, Fit
 from lightning_offload.bench.quality_runs import Cache, Result, Run, Text, rate_factor, read_text, train
 from lightning_offload.errors import DataError, NonFiniteError
+from lightning_offload.methods.lsp import LSPSettings
 
 RUN = Run(arm="adamw", settings={}, rate=1e-3, seed=1, steps=2, batch=2, length=16, held_out_tokens=64, split="test")
 RESULT = Result(loss=3.0, curve=[(0, 4.0), (10, 3.0)], step_s=0.1, cpu_s=1.0, device_bytes=2048, host_bytes=1024)
@@ -215,13 +216,24 @@ def test_time_to_equal_loss_is_steps_times_planned_seconds() -> None:
     plans: Any = {
         "a job": {name: SimpleNamespace(step_s=s) for name, s in (("lsp", 1.0), ("full", 4.0), ("zero-offload", 8.0))}
     }
-    table = equal_loss("lsp", own, full, plans)
+    table = equal_loss("lsp", own, full, plans, "text")
     last = table.rows[-1].values
     assert (last["loss"], last["steps"], last["full_steps"]) == (2.0, 20.0, 10.0)
     assert (last["seconds"], last["full_s"], last["zero_offload_s"]) == (20.0, 40.0, 80.0)
     assert (last["less_than_full_percent"], last["less_than_zero_offload_percent"]) == (50.0, 75.0)
     assert PUBLISHED in table.notes
-    assert equal_loss("lsp", own, [(0, 4.0), (10, 3.9)], plans).rows == ()
+    assert equal_loss("lsp", own, [(0, 4.0), (10, 3.9)], plans, "text").rows == ()
+
+
+@pytest.mark.usefixtures("noise")
+def test_the_default_of_lsp_also_yields_times_from_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape: Any = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(simulated, "PAPER", {"a job": simulated.Job("laptop_4gb", shape, 1, 8, LSPSettings(), {})})
+    monkeypatch.setattr(quality_runs, "train", lambda run: replace(RESULT, loss=3.0 if run.steps else 4.0))
+    (_, times) = quality(replace(QUICK, arms=["lsp_others"], folder=str(tmp_path)))
+    assert [row.arm for row in times.rows] == [f"a job: {share} % of its gain" for share in (50, 75, 90, 100)]
+    assert all(row.values["full_s"] <= row.values["zero_offload_s"] for row in times.rows)
+    assert all(row.values["steps"] == row.values["full_steps"] for row in times.rows)
 
 
 @pytest.mark.usefixtures("noise")

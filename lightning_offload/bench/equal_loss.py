@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from lightning_offload.bench.report import Row, Table
+from lightning_offload.bench.simulated import published_jobs
 from lightning_offload.planning import Plan
-from lightning_offload.planning.methods import FULL, SERIAL
+from lightning_offload.planning.methods import FULL, SERIAL, SUBSPACE
+from lightning_offload.planning.scenario import Dry
 
 SHARES = (0.5, 0.75, 0.9, 1.0)
 """Of what the method gains in all its steps: the losses at which times are compared."""
@@ -27,7 +30,15 @@ def steps_to(curve: Curve, loss: float) -> float | None:
     return None
 
 
-def equal_loss(method: str, own: Curve, full: Curve, plans: Mapping[str, Mapping[str, Plan]]) -> Table:
+def published_plans() -> dict[str, dict[str, Plan]]:
+    """Of the jobs of LSP-Offload's figures, not clipped, by method."""
+    return {
+        title: {method: Dry(replace(job, method=method, clip=None)).plan() for method in (SUBSPACE, FULL, SERIAL)}
+        for title, job in published_jobs().items()
+    }
+
+
+def equal_loss(method: str, own: Curve, full: Curve, plans: Mapping[str, Mapping[str, Plan]], text: str) -> Table:
     """A row per job and loss: steps of both, seconds of each, and how much less the method takes.
 
     Args:
@@ -35,6 +46,7 @@ def equal_loss(method: str, own: Curve, full: Curve, plans: Mapping[str, Mapping
         own: Its curve.
         full: Of exact AdamW, which ``full`` and ZeRO-Offload's schedule share.
         plans: By job, then by method: of ``method``, ``full`` and ``zero-offload``.
+        text: What both were trained on.
     """
     rows = [row for job, planned in plans.items() for row in _rows(job, method, own, full, planned)]
     notes = (
@@ -42,7 +54,8 @@ def equal_loss(method: str, own: Curve, full: Curve, plans: Mapping[str, Mapping
         "seconds: steps times the planned step of this model on this machine; not measured",
         PUBLISHED,
     )
-    return Table("quality", f"time to equal loss, {method} beside full and ZeRO-Offload's schedule", tuple(rows), notes)
+    title = f"{text}: time to equal loss, {method} beside full and ZeRO-Offload's schedule"
+    return Table("quality", title, tuple(rows), notes)
 
 
 def _rows(job: str, method: str, own: Curve, full: Curve, plans: Mapping[str, Plan]) -> Iterator[Row]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from lightning_offload.bench.equal_loss import equal_loss, published_plans
 from lightning_offload.bench.measure import CannotRun
 from lightning_offload.bench.quality_arms import QUALITY_ARMS
 from lightning_offload.bench.quality_runs import Cache, Result, Run
 from lightning_offload.bench.report import Row, Table
+from lightning_offload.planning.methods import SUBSPACE
 
 TUNING_SEED = 0
 """Of the runs that choose a rate; those that are reported have the seeds after it."""
@@ -133,14 +135,18 @@ def measure(name: str, gsm8k: str | None, settings: QualitySettings) -> Outcome:
 
 
 def quality(settings: QualitySettings) -> Iterator[Table]:
-    """A table per text."""
+    """Per text a table, and one of the time to equal loss where the default of lsp was trained."""
     if settings.jobs > 1:
         _in_processes(settings)
     for gsm8k in settings.domains:
         untrained = settings.run("adamw", rate=0.0, seed=0, steps=0, split="test", gsm8k=gsm8k)
         start = Cache(Path(settings.folder)).result(untrained)
         outcomes, missing = _outcomes(gsm8k, settings)
-        yield quality_table(start.loss, outcomes, f"{_title(gsm8k)}, {_shape(settings)}", missing)
+        title = f"{_title(gsm8k)}, {_shape(settings)}"
+        yield quality_table(start.loss, outcomes, title, missing)
+        if "lsp_others" in outcomes:
+            curves = outcomes["lsp_others"].curve, outcomes["adamw_all"].curve
+            yield equal_loss(SUBSPACE, *curves, published_plans(), _title(gsm8k))
 
 
 def _title(gsm8k: str | None) -> str:
