@@ -118,9 +118,13 @@ class Attachment(Callback):
             if before is not None:  # a scheduler's wrapper
                 optimizer.step = before
 
-        optimizer.step, self._put_back = self._step, put_back
+        def step(closure: Callable[[], Any] | None = None) -> Any:
+            return self._step(closure)
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedulers look for their own wrapper
+        optimizer.step, self._put_back = step, put_back
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         engine = self.engine
         assert engine is not None
         result = closure() if closure is not None else None

@@ -168,8 +168,10 @@ class OffloadBehaviour(Strategy):
                     f"{name}={self._given[name]!r}: say it in one place"
                 )
         self.settings = self.settings_type(**{**self._given, **own})
-        loader = getattr(module, "offload_calibration", None)
-        self._calibration = Calibration(self.calibration_dataloader or loader, self.settings)
+        loader = self.calibration_dataloader
+        if loader is None:
+            loader = getattr(module, "offload_calibration", None)
+        self._calibration = Calibration(loader, self.settings)
 
     def _attach(self, trainer: Trainer, method: Method) -> None:
         module = self.lightning_module

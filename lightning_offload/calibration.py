@@ -38,7 +38,7 @@ class Calibration:
                 "`calibration='batch'` needs batches: pass `calibration_dataloader=DataLoader(...)`, or "
                 "calibration='train' to fit projectors to the gradients of training"
             )
-        self._loader: Iterable[Any] = loader or ()
+        self._loader: Iterable[Any] = () if loader is None else loader
         self._round, self._taken = -1, 0
         self._batches: Iterator[Any] = iter(())
         self._done = False

@@ -82,13 +82,13 @@ class OffloadStats(Callback):
 
 
 class OffloadSummary(Callback):
-    """Prints, at the start of fit, every unit with its parameters, dtype, where they are trained, and bytes by place.
+    """Prints, when training starts, each unit with its parameters, dtype, where they are trained, and bytes by place.
 
     Equal blocks are one row.
     """
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         engine = _engine(trainer)
         if engine is not None:
             rank_zero_info(summary(engine))

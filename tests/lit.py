@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_offload import FullOffloadStrategy, OffloadMixin
+from lightning_offload import FullOffloadStrategy, LSPMixin, LSPOffloadStrategy, OffloadMixin
 from lightning_offload.memory.lanes import Lanes
 from tests.helpers import VOCAB, Net, adamw, lanes_of
 
@@ -85,6 +85,30 @@ class ShuffledStrategy(FullOffloadStrategy):
 def shuffled(**settings: Any) -> FullOffloadStrategy:
     """Every parameter offloaded, nothing on time unless it is waited for."""
     return ShuffledStrategy(**{"min_numel": 0, **settings})
+
+
+LSP = {"min_numel": 0, "dim": 9, "nnz": 3, "refit_every": 3, "bias_threshold": 0.0, "seed": 5, "fit_steps": 4}
+"""Every linear weight of the test net projected, with refits while it trains."""
+
+
+def lsp(**settings: Any) -> LSPOffloadStrategy:
+    return LSPOffloadStrategy(**{**LSP, **settings})
+
+
+class ShuffledLSPStrategy(LSPOffloadStrategy):
+    _make_lanes = ShuffledStrategy._make_lanes
+
+
+def shuffled_lsp(**settings: Any) -> LSPOffloadStrategy:
+    return ShuffledLSPStrategy(**{**LSP, **settings})
+
+
+class LSPManual(LSPMixin, Manual):
+    """Brings its method along."""
+
+    def __init__(self, offload: dict[str, Any] | None = None, **build: Any) -> None:
+        super().__init__(**build)
+        self.offload = {**LSP, **(offload or {})}
 
 
 def trainer(strategy: Any = "auto", *, callbacks: Sequence[L.Callback] = (), **kwargs: Any) -> L.Trainer:

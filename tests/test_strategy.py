@@ -27,6 +27,7 @@ from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.full import Full, FullSettings
+from lightning_offload.strategies import STRATEGIES, OneDevice
 from tests.helpers import adamw
 from tests.lit import Lit, Manual, assert_equal_modules, fit, offload, trainer
 
@@ -43,14 +44,15 @@ def test_without_the_import_lightning_says_what_the_readme_quotes() -> None:
     assert "You selected an invalid strategy name: `strategy='full_offload'`" in done.stderr
 
 
-def test_settings_are_the_signature() -> None:
-    """One dataclass is the single source: names, defaults and order."""
-    parameters = inspect.signature(FullOffloadStrategy).parameters
-    base = ("accelerator", "checkpoint_io", "precision_plugin")
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_settings_are_the_signature(kind: type[OneDevice]) -> None:
+    """One dataclass is the single source: names and defaults."""
+    parameters = inspect.signature(kind).parameters
+    base = ("calibration_dataloader", "accelerator", "checkpoint_io", "precision_plugin")
     settings = {name: p.default for name, p in parameters.items() if name not in base}
-    assert settings == {field.name: field.default for field in fields(FullSettings)}
+    assert settings == {field.name: field.default for field in fields(kind.settings_type)}
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
-    documented = (FullOffloadStrategy.__doc__ or "").split("Args:")[1]
+    documented = (kind.__doc__ or "").split("Args:")[1]
     for name in parameters:
         assert f"{name}:" in documented, name
 
