@@ -175,17 +175,17 @@ def _lsp(network: Any, rate: float, **settings: Any) -> Fit:
 
 def _lora_arm(rank: int, note: str) -> QualityArm:
     why_not = partial(not_installed, "peft", "peft")
-    return QualityArm(make=_lora, settings={"rank": rank}, rate=6e-3, why_not=why_not, note=f"rank {rank}: {note}")
+    return QualityArm(make=_lora, settings={"rank": rank}, rate=1.2e-2, why_not=why_not, note=f"rank {rank}: {note}")
 
 
 def _galore_arm(rank: int, note: str) -> QualityArm:
     settings = {"rank": rank, "update_proj_gap": 50, "scale": 0.25}
     note = f"rank {rank}: {note}; projectors renewed every 50 steps"
-    return QualityArm(make=_galore, settings=settings, rate=6e-3, why_not=galore_why_not, note=note)
+    return QualityArm(make=_galore, settings=settings, rate=2.4e-2, why_not=galore_why_not, note=note)
 
 
 def _lsp_arm(note: str, *, base: str = "adamw", **settings: Any) -> QualityArm:
-    return QualityArm(make=_lsp, settings={"dim": 0.5, **settings}, rate=1.5e-3, base=base, note=note)
+    return QualityArm(make=_lsp, settings={"dim": 0.5, **settings}, rate=3e-3, base=base, note=note)
 
 
 DEVICE, BOTH = (
@@ -194,8 +194,8 @@ DEVICE, BOTH = (
 )
 
 QUALITY_ARMS: Mapping[str, QualityArm] = {
-    "adamw": QualityArm(make=_adamw, rate=1.5e-3, note="on the linear weights of the blocks, all others frozen"),
-    "adamw_all": QualityArm(make=_adamw_all, rate=1.5e-3, base="adamw_all", note="on all weights"),
+    "adamw": QualityArm(make=_adamw, rate=3e-3, note="on the linear weights of the blocks, all others frozen"),
+    "adamw_all": QualityArm(make=_adamw_all, rate=3e-3, base="adamw_all", note="on all weights"),
     "lsp_learned": _lsp_arm("fitted values at random positions", projector="learned", others="frozen"),
     "lsp_pca": _lsp_arm("closed form in blocks", projector="pca", others="frozen"),
     "lsp_block": _lsp_arm("random in blocks", projector="block", others="frozen"),
