@@ -38,6 +38,7 @@ from lightning_offload.bench.training import Workload, compare, take_turn
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.rates import Rates
 from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.planning import plan
 from lightning_offload.text import CausalLM, batch_by_shape
 from tests.zoo import VOCAB
@@ -85,9 +86,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(quality_runs, "read_text", lambda length, gsm8k: quality_runs.Text(noise, noise, noise))
     monkeypatch.setattr(sections, "SMALL", TINY)
     monkeypatch.setattr(sections, "shape", lambda name: TINY)
-    monkeypatch.setattr(host, "_shapes", lambda numel: [torch.Size((8, 8))] * 6)
+    monkeypatch.setattr(host, "_shapes", lambda numel: [torch.Size((16, 16))] * 6)
     monkeypatch.setattr(simulated, "machines", lambda: {"laptop_4gb": ALL_MACHINES["laptop_4gb"]})
-    monkeypatch.setattr(simulated, "PAPER", {"a job": ("laptop_4gb", TINY, (1, 8), {simulated.SERIAL: 4.0})})
+    job = simulated.Job("laptop_4gb", TINY, 1, 8, LSPSettings(nnz=4, min_numel=0), {simulated.SERIAL: 4.0})
+    monkeypatch.setattr(simulated, "PAPER", {"a job": job})
     monkeypatch.setattr(prediction, "POINTS", (("tiny", 2, "32-true"), ("tiny", 1, "bf16-true")))
     monkeypatch.setattr(Rates, "measured", lambda device, host_threads: RATES)
     sections._rates.cache_clear()
@@ -185,20 +187,37 @@ def test_machines_are_those_that_conf_describes_with_rates() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_a_simulated_step_never_beats_its_bound_nor_loses_to_the_serial_schedule() -> None:
     (table,) = SECTIONS["simulated"].measure(QUICK)
-    assert [row.arm for row in table.rows] == ["laptop_4gb: full"]
-    values = table.rows[0].values
-    assert 0 < values["bound_s"] <= values["step_s"] <= values["zero_offload_s"]
+    assert [row.arm for row in table.rows] == ["laptop_4gb: full", "laptop_4gb: lsp"]
+    for values in (row.values for row in table.rows):
+        assert 0 < values["bound_s"] <= values["step_s"] <= values["zero_offload_s"]
 
 
 @pytest.mark.usefixtures("tiny")
 def test_schedules_stand_beside_published_seconds_fastest_where_least_waits() -> None:
-    (table,) = SECTIONS["published"].measure(QUICK)
+    table, _ = SECTIONS["published"].measure(QUICK)
     values = {row.arm: row.values for row in table.rows}
-    serial, full = values[simulated.SERIAL], values[simulated.FULL]
+    serial, full, lsp = (values[method] for method in (simulated.SERIAL, simulated.FULL, simulated.SUBSPACE))
     layer_wise = next(row for arm, row in values.items() if arm.startswith("full, layer"))
     assert serial["published_s"] == 4.0
     assert layer_wise["step_s"] <= full["step_s"] <= serial["step_s"]
     assert all(row["fused_casts_s"] <= row["step_s"] for row in (serial, full, layer_wise))
+    assert lsp["step_s"] < values["lsp, ZeRO-Offload's schedule"]["step_s"]
+    assert values["lsp, others frozen"]["step_s"] < lsp["step_s"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_arithmetic_of_lsp_is_that_of_sparse_products() -> None:
+    """r nonzeros a row on each side; from activations two of them by all tokens, and one product of d x tokens x d."""
+    _, table = SECTIONS["published"].measure(QUICK)
+    tokens, d, r = 8, 32, 4
+    for row, (count, m, n) in zip(table.rows, [(8, 64, 64), (4, 96, 64), (2, 64, 96)], strict=False):
+        assert row.arm == f"{count} of {m} x {n}, d={d}"
+        assert row.values["weight_gradient_tflop"] * 1e12 == pytest.approx(count * 2 * tokens * m * n)
+        larger, smaller = max(m, n), min(m, n)
+        assert row.values["compress_tflop"] * 1e12 == pytest.approx(count * 2 * r * (larger * smaller + smaller * d))
+        direct = 2 * tokens * r * (m + n) + 2 * tokens * d * d
+        assert row.values["activations_tflop"] * 1e12 == pytest.approx(count * direct)
+    assert table.rows[-1].values["compress_tflop"] == sum(row.values["compress_tflop"] for row in table.rows[:-1])
 
 
 def test_every_method_is_measured_beside_native_with_its_lanes() -> None:

@@ -57,7 +57,7 @@ RULES = {
     "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export .planning"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(
-        "errors memory methods planning behaviour strategies text",
+        "errors memory methods numerics planning behaviour strategies text",
         "torch lightning typing_extensions",
         "yaml torchao galore_torch peft",
     ),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_offload.bench.bounds import Counts, full_bound_s
+from lightning_offload.bench.bounds import Counts, full_bound_s, lsp_bound_s
 from lightning_offload.bench.measure import CannotRun
 from lightning_offload.memory.rates import Rates
-from lightning_offload.strategies import FullOffloadStrategy
+from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy
 from lightning_offload.text import CausalLM
 
 LR = 1e-4
@@ -63,7 +63,10 @@ class Arm:
 
 
 NATIVE = Arm(name="native: plain Trainer, AdamW(fused=True)")
-METHODS = (Arm(name="full_offload", strategy=FullOffloadStrategy, bound_s=full_bound_s),)
+METHODS = (
+    Arm(name="full_offload", strategy=FullOffloadStrategy, bound_s=full_bound_s),
+    Arm(name="lsp_offload", strategy=LSPOffloadStrategy, bound_s=lsp_bound_s),
+)
 """One arm per method of this package."""
 
 

@@ -7,13 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.rates import Rates
+from lightning_offload.methods.lsp import LSPSettings, linear_weights
 
 BYTES_FUSED = 28
 """Memory traffic of one AdamW step per parameter: gradient read, master and two moments read and written.
 
 The same with 16-bit gradients and weights: two bytes less to read, two more to write.
 """
+
+
+BYTES_SUBSPACE = 16
+"""The same of one element of a subspace, beside its gradient and its delta: two moments read and written."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,16 @@ class Counts:
         backward_flops: Those of the backward pass, what it computes again included.
         parameters: Trained elements.
         wire_bytes: Of one element on the link.
+        projected: Trained elements that lsp projects.
+        squares: Elements of their subspaces, at its default.
     """
 
     forward_flops: float
     backward_flops: float
     parameters: int
     wire_bytes: int = 2
+    projected: int = 0
+    squares: int = 0
 
     @classmethod
     def of(cls, network: nn.Module, *, batch: int, length: int, recompute: bool, wire_bytes: int = 2) -> Counts:
@@ -52,7 +62,9 @@ class Counts:
         attended = config.num_hidden_layers * config.num_attention_heads * width * (length + 1)
         forward = batch * length * (2 * matrices + 2 * attended)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        return cls(forward, (3 if recompute else 2) * forward, trained, wire_bytes)
+        linear, settings = linear_weights(network, partition(network)).values(), LSPSettings()
+        projected, squares = sum(p.numel() for p in linear), sum(settings.dim_of(*p.shape) ** 2 for p in linear)
+        return cls(forward, (3 if recompute else 2) * forward, trained, wire_bytes, projected, squares)
 
 
 def full_bound_s(counts: Counts, rates: Rates) -> float:
@@ -62,9 +74,22 @@ def full_bound_s(counts: Counts, rates: Rates) -> float:
     under the next forward. A plan's ``bound_s`` adds what is not counted here: elementwise operations, casts, the step
     of what stays on the device.
     """
+    return _bound_s(counts, rates, BYTES_FUSED * counts.parameters, counts.parameters)
+
+
+def lsp_bound_s(counts: Counts, rates: Rates) -> float:
+    """The same of ``lsp``, clipped as ``full`` is, where d x d stands for each projected weight.
+
+    What is not counted: to compress and to apply.
+    """
+    others = counts.parameters - counts.projected
+    host_bytes = BYTES_FUSED * others + (BYTES_SUBSPACE + 2 * counts.wire_bytes) * counts.squares
+    return _bound_s(counts, rates, host_bytes, others + counts.squares)
+
+
+def _bound_s(counts: Counts, rates: Rates, host_bytes: int, link_elements: int) -> float:
     flops_per_s = 1e12 * (rates.bf16_tflops if counts.wire_bytes == 2 else rates.fp32_tflops)
     forward_s, backward_s = counts.forward_flops / flops_per_s, counts.backward_flops / flops_per_s
-    host_s = BYTES_FUSED * counts.parameters / (1e9 * rates.host_gb_per_s)
-    link_bytes = counts.parameters * counts.wire_bytes
+    host_s, link_bytes = host_bytes / (1e9 * rates.host_gb_per_s), link_elements * counts.wire_bytes
     down_s, up_s = link_bytes / (1e9 * rates.d2h_gb_per_s), link_bytes / (1e9 * rates.h2d_gb_per_s)
     return max(backward_s + max(forward_s, host_s, up_s), down_s)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_offload.bench.bounds import BYTES_FUSED
+from lightning_offload.bench.bounds import BYTES_FUSED, BYTES_SUBSPACE
 from lightning_offload.bench.measure import ratio, round_robin, timed
 from lightning_offload.bench.report import Row, Table
 from lightning_offload.memory.arena import HostMemory
@@ -17,35 +18,57 @@ from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import InlineLanes
 from lightning_offload.methods.base import DTypes, Flight, Trained, Verdict
 from lightning_offload.methods.host import HostOptimizer
+from lightning_offload.methods.lsp import LSPSettings
+from lightning_offload.methods.method import Site
 from lightning_offload.methods.rules import frozen_groups, rule_for
+from lightning_offload.methods.subspace import SubspaceOptimizer
 
 _SWEEP = "in-place sweep of memory"
 _NATIVE = "torch AdamW(fused=True), fp32"
 Shapes = list[torch.Size]
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Host work of one step.
+
+    Attributes:
+        run: Does it.
+        bytes: What it has to move through memory.
+    """
+
+    run: Callable[[], Any]
+    bytes: int
+
+
 def host_phase(numel: int, rounds: int) -> Table:
-    """Host phases of all methods on about ``numel`` parameters; bound and GB/s count 28 bytes for each."""
+    """Host phases of all methods on about ``numel`` parameters; bound and GB/s count what each has to move."""
     shapes = _shapes(numel)
-    arms = {_SWEEP: _sweep(shapes), _NATIVE: _torch_fused(shapes), "torch: up-cast, fused, down-cast": _cast(shapes)}
+    total = sum(shape.numel() for shape in shapes)
+    made = {_SWEEP: _sweep(shapes), _NATIVE: _torch_fused(shapes), "torch: up-cast, fused, down-cast": _cast(shapes)}
+    arms = {name: Phase(run, BYTES_FUSED * total) for name, run in made.items()}
     for phases in PHASES:
         arms |= phases(shapes)
-    samples, _ = round_robin({name: timed(arm) for name, arm in arms.items()}, rounds)
-    total = sum(shape.numel() for shape in shapes)
+    samples, _ = round_robin({name: timed(arm.run) for name, arm in arms.items()}, rounds)
     return Table(
         "host",
         f"host phase, {total / 1e6:.0f} M parameters, {rounds} rounds",
-        tuple(_row(name, seconds, samples, total) for name, seconds in samples.items()),
-        (f"ratio: to {_NATIVE}", f"bound: {BYTES_FUSED} B per parameter at the rate of the sweep in the same round"),
+        tuple(_row(name, samples, arms) for name in samples),
+        (
+            f"ratio: to {_NATIVE}",
+            f"bound: {BYTES_FUSED} B per parameter, of lsp {BYTES_SUBSPACE} B and gradient and delta per element of a "
+            "subspace, at the rate of the sweep in the same round",
+        ),
     )
 
 
-def _row(name: str, seconds: list[float], samples: dict[str, list[float]], total: int) -> Row:
+def _row(name: str, samples: dict[str, list[float]], arms: dict[str, Phase]) -> Row:
+    seconds, share = samples[name], arms[name].bytes / arms[_SWEEP].bytes
     values = {
         "ms": 1e3 * median(seconds),
         **ratio(seconds, samples[_NATIVE]),
-        "gb_per_s": BYTES_FUSED * total / median(seconds) / 1e9,
-        "percent_of_bound": 100 * ratio(samples[_SWEEP], seconds)["ratio"],
+        "gb_per_s": arms[name].bytes / median(seconds) / 1e9,
+        "percent_of_bound": 100 * share * ratio(samples[_SWEEP], seconds)["ratio"],
     }
     return Row(name, values, tuple(seconds))
 
@@ -91,22 +114,17 @@ def _cast(shapes: Shapes) -> Callable[[], Any]:
     return step
 
 
-def _full(shapes: Shapes) -> dict[str, Callable[[], Any]]:
+def _full(shapes: Shapes) -> dict[str, Phase]:
+    total = BYTES_FUSED * sum(shape.numel() for shape in shapes)
     return {
-        "full, 32-true": _full_step(shapes, torch.float32),
-        "full, bf16-true": _full_step(shapes, torch.bfloat16),
+        "full, 32-true": Phase(_full_step(shapes, torch.float32), total),
+        "full, bf16-true": Phase(_full_step(shapes, torch.bfloat16), total),
     }
 
 
 def _full_step(shapes: Shapes, dtype: torch.dtype) -> Callable[[], Any]:
     """The host functions alone, unit by unit, without the copies."""
-    module = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
-    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
-    named = dict(module.named_parameters())
-    trained = []
-    for index, (name, parameter) in enumerate(named.items()):
-        unit = Unit(index // 6, f"block{index // 6}", module, True, named, ())
-        trained.append(Trained(name, parameter, unit, Flight(index // 6), 0, index))
+    trained, optimizer = _trained(shapes)
     host = HostOptimizer(
         trained,
         rule_for(optimizer),
@@ -118,5 +136,35 @@ def _full_step(shapes: Shapes, dtype: torch.dtype) -> Callable[[], Any]:
     return lambda: host.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
 
 
-PHASES: tuple[Callable[[Shapes], dict[str, Callable[[], Any]]], ...] = (_full,)
+def _lsp(shapes: Shapes) -> dict[str, Phase]:
+    settings = LSPSettings(seed=0, min_numel=0)
+    squares = sum(settings.dim_of(*shape) ** 2 for shape in shapes)
+    dtypes = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
+    return {
+        f"lsp, d={settings.dim:g} m, {name}": Phase(
+            _lsp_step(shapes, dtype, settings), (BYTES_SUBSPACE + 2 * dtype.itemsize) * squares
+        )
+        for name, dtype in dtypes.items()
+    }
+
+
+def _lsp_step(shapes: Shapes, dtype: torch.dtype, settings: LSPSettings) -> Callable[[], Any]:
+    trained, optimizer = _trained(shapes)
+    site = Site(rule_for(optimizer), InlineLanes(HostMemory(pin=False)), DTypes(compute=dtype), False, False)
+    part = SubspaceOptimizer(trained, site, settings)
+    return lambda: part.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
+
+
+def _trained(shapes: Shapes) -> tuple[list[Trained], torch.optim.Optimizer]:
+    """Random weights, six to a unit."""
+    module = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+    named = dict(module.named_parameters())
+    trained = []
+    for index, (name, parameter) in enumerate(named.items()):
+        unit = Unit(index // 6, f"block{index // 6}", module, True, named, ())
+        trained.append(Trained(name, parameter, unit, Flight(index // 6), 0, index))
+    return trained, torch.optim.AdamW(module.parameters(), fused=True)
+
+
+PHASES: tuple[Callable[[Shapes], dict[str, Phase]], ...] = (_full, _lsp)
 """One entry per method that works on the host: its phases by name, for weights of these shapes."""

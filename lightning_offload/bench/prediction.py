@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ POINTS = (
 
 
 def predictions(shape: Callable[[str], Any], *, device: str, length: int, steps: int, rates: Rates) -> Table:
-    """Method ``full`` at each point: the plan, then a few steps, clipped, every block computed again."""
+    """Each method at each point: the plan, then a few steps, clipped, every block computed again."""
     machine = replace(Machine.detect(device), rates=rates)
     rows, notes = [], []
-    for name, batch, precision in POINTS:
-        title = f"{name}, {batch} x {length}, {precision}"
+    for (name, batch, precision), arm in product(POINTS, METHODS):
+        method = arm.name.removesuffix("_offload")
+        title = f"{method}: {name}, {batch} x {length}, {precision}"
         work = Workload(
             title=title,
             config=shape(name),
@@ -44,22 +46,22 @@ def predictions(shape: Callable[[str], Any], *, device: str, length: int, steps:
             clip=1.0,
             recompute=True,
         )
-        made = _planned(work, machine)
+        made = _planned(work, method, machine)
         try:
-            turn = take_turn(work, METHODS[0], steps)
+            turn = take_turn(work, arm, steps)
         except CannotRun as error:
             notes.append(f"{title}: {error}")
             continue
         rows.append(Row(title, _values(made, turn.step_s, turn.values.get("reserved_gib"), machine)))
-    return Table("prediction", f"plan against {machine.device_name}, method full", tuple(rows), tuple(notes))
+    return Table("prediction", f"plan against {machine.device_name}", tuple(rows), tuple(notes))
 
 
-def _planned(work: Workload, machine: Machine) -> Plan:
+def _planned(work: Workload, method: str, machine: Machine) -> Plan:
     with torch.device("meta"):
         module = CausalLM(config=work.config, init="random", dtype=work.dtype, gradient_checkpointing=True)
         batch = batch_by_shape(work.batch, work.length, 1)
     precision: Any = work.precision
-    return plan(module, batch, precision=precision, hardware=machine, gradient_clip_val=work.clip)
+    return plan(module, batch, method=method, precision=precision, hardware=machine, gradient_clip_val=work.clip)
 
 
 def _values(made: Plan, step_s: float, reserved_gib: float | None, machine: Machine) -> dict[str, float]:

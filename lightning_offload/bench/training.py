@@ -245,7 +245,7 @@ class _Clock(L.Callback):
             busy_s = total.seconds - self._before.get(lane, Total()).seconds
             self.values[f"{lane}_busy_percent"] = 100 * busy_s / self.seconds
         engine = _engine(trainer)
-        held = engine.host_bytes(engine.host.trained) if engine else state_bytes(module.own)
+        held = engine.host_bytes(engine.trained) if engine else state_bytes(module.own)
         self.values["state_gib"] = held / GIB
 
 

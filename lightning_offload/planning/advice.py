@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.planning.methods import FULL, NATIVE
+from lightning_offload.methods.lsp import LSPSettings
+from lightning_offload.planning.methods import FULL, NATIVE, SUBSPACE
 from lightning_offload.planning.result import Advice, Plan
 from lightning_offload.planning.scenario import Dry, Scenario, has_checkpointing
 
@@ -269,6 +270,31 @@ def _precision(tried: _Tried) -> list[_Change]:
     ]
 
 
+def _project(tried: _Tried) -> list[_Change]:
+    """No masters, and states of d x d; updates are in a subspace then."""
+    if tried.scenario.method == SUBSPACE:
+        return []
+    words = "updates in a subspace of each linear weight, whose state is d x d (strategy `lsp_offload`)"
+    return [_Change(words, "method=lsp", lambda scenario: replace(scenario, method=SUBSPACE))]
+
+
+def _smaller_dim(tried: _Tried) -> list[_Change]:
+    """Half the dimension is a quarter of the state."""
+    settings = tried.scenario.settings
+    if not isinstance(settings, LSPSettings) or settings.dim == "auto" or tried.plan.host.fits:
+        return []
+    half: float = settings.dim / 2
+    if isinstance(settings.dim, int):
+        half = max(settings.dim // 2 // settings.nnz, 1) * settings.nnz
+    return [
+        _Change(
+            f"subspaces of half the dimension (`dim={half}` of the strategy)",
+            f"trainer.strategy.dim={half}",
+            lambda scenario: replace(scenario, settings=replace(scenario.settings, dim=half)),  # type: ignore[call-arg]
+        )
+    ]
+
+
 def _keep_on_device(tried: _Tried) -> list[_Change]:
     """Where the host is what is too small; under bf16-true small updates would be lost without masters."""
     if tried.scenario.method == NATIVE or tried.plan.host.fits or tried.scenario.precision == "bf16-true":
@@ -289,13 +315,15 @@ _PROPOSALS: tuple[_Proposal, ...] = (
     _smaller_batch,
     _accumulate_elsewhere,
     _precision,
+    _project,
+    _smaller_dim,
 )
 """In the order in which they are put together: what changes least first."""
 
 _TRANSIENT_ONLY = (_checkpoint, _chunked_loss, _smaller_batch)
 """Those that save nothing of what is held all the time."""
 
-_LASTING = (_offload, _accumulate_elsewhere, _precision)
+_LASTING = (_offload, _accumulate_elsewhere, _precision, _project, _smaller_dim)
 """Those that do."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
+from lightning_offload.planning.methods import SUBSPACE
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Memory, Plan
 from lightning_offload.planning.words import (
     count,
@@ -22,6 +23,11 @@ _LANES = {
     "d2h": "gradients, device to host",
     "host": "the host's optimizer step",
     "h2d": "weights, host to device",
+}
+_LSP = {
+    "compute": "forward, backward, updates of weights",
+    "d2h": "compressed gradients, device to host",
+    "h2d": "deltas and weights, host to device",
 }
 _ON_CPU = {
     "compute": "forward, backward, steps in place",
@@ -148,7 +154,7 @@ def _telling(holds: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    labels = _ON_CPU if _on_cpu(plan) else _LANES
+    labels = _ON_CPU if _on_cpu(plan) else _LANES | (_LSP if plan.method == SUBSPACE else {})
     yield f"{'time of one step':<38} {seconds(plan.step_s):>13}"
     for lane, label in labels.items():
         use = plan.lanes.get(lane)

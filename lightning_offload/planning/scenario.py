@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,6 @@ from lightning_offload.memory.allocator import MIB, replay
 from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.host_limits import cpu_model
-from lightning_offload.memory.ledger import Span, Total
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver, WatchedEngine
@@ -28,7 +27,8 @@ from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
 from lightning_offload.planning.methods import FULL, NATIVE, SERIAL, method_for, settings_for
 from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
 from lightning_offload.planning.steps import optimizer_of, own_step
-from lightning_offload.planning.words import count, seconds
+from lightning_offload.planning.waiting import Waiting, count_of
+from lightning_offload.planning.words import count, gigabytes
 from lightning_offload.timeline import LaneUse
 
 WORKSPACE_BYTES = 2 * (8 * MIB + MIB // 8)
@@ -195,31 +195,9 @@ class Dry:
         return Memory({"wire and rings": locked} if locked else {}, self.scenario.machine.lockable_bytes)
 
     @property
-    def bound_s(self) -> float:
-        """See ``targets.md``: what all gradients decide together waits for the end of backward, else the last alone."""
-        timing, lanes = self.timing, self.timing.lanes
-        busy = {lane: lanes.get(lane, Total()).seconds for lane in ("d2h", "h2d", "host")}
-        if self.scenario.machine.device_type == "cpu" or self.scenario.method == NATIVE:
-            return timing.compute_s + sum(busy.values())
-        if not self._decides_late:
-            return max(timing.compute_s + self._tail_s, *busy.values())
-        hidden = max(timing.forward_s + timing.apply_s, self._of_lane("host", "step"), self._up_s)
-        late = timing.module_s - timing.forward_s + timing.compress_s + hidden
-        return max(timing.compute_s, late, *busy.values())
-
-    @property
-    def _up_s(self) -> float:
-        return self._of_lane("h2d", "weights") + self._of_lane("h2d", "deltas")
-
-    @property
-    def _tail_s(self) -> float:
-        """The way of the unit that is needed first, whose last gradient comes last: down, stepped, up."""
-        first = min((span.order for span in self.timing.spans if span.lane == "h2d" and span.order > 0), default=0)
-        last = {span.lane: span for span in sorted(self.timing.spans, key=_end) if span.order == first}
-        return sum(last[lane].end_s - last[lane].start_s for lane in ("d2h", "host", "h2d") if lane in last)
-
-    def _of_lane(self, lane: str, kind: str) -> float:
-        return self.timing.kinds.get((lane, kind), Total()).seconds
+    def waiting(self) -> Waiting:
+        """What a step waits for."""
+        return Waiting(self.scenario, self.timing, self._decides_late)
 
     def plan(self, *, only_if_it_fits: bool = False) -> Plan:
         """All of it as a plan, without advice.
@@ -231,7 +209,8 @@ class Dry:
         if only_if_it_fits and not (self.device.fits and self.host.fits):
             self.timing = Timing.unknown()
         timing = self.timing
-        tokens, unit = _count(scenario.batch)
+        tokens, unit = count_of(scenario.batch)
+        waiting = self.waiting
         uses = self.run.driver.uses
         lanes = {lane: LaneUse(total.bytes, total.seconds) for lane, total in timing.lanes.items()}
         machine = scenario.machine
@@ -251,12 +230,12 @@ class Dry:
             host=self.host,
             pinned=self.pinned,
             step_s=timing.step_s,
-            bound_s=self.bound_s,
+            bound_s=waiting.bound_s,
             forward_s=timing.forward_s,
             backward_s=timing.backward_s,
             lanes={"compute": LaneUse(0, timing.compute_s), **lanes},
-            bottleneck=self._bottleneck(),
-            notes=(*self.notes, *_notes(self.run, machine)),
+            bottleneck=waiting.bottleneck,
+            notes=(*self.notes, *self._traffic(), *_notes(self.run, machine)),
             uses=uses,
             units=uses.order,
             spans=timing.spans,
@@ -273,43 +252,15 @@ class Dry:
             sums[f"weights: {kind}"] += sum(p.nbytes for p in unit.parameters.values())
         return dict(sums)
 
-    def _bottleneck(self) -> str:
-        timing, machine = self.timing, self.scenario.machine
-        if machine.device_type == "cpu":
-            return "the CPU, which does everything in turn: nothing to overlap"
-        stall_s = timing.step_s - timing.compute_s
-        if stall_s < 0.05 * timing.step_s:
-            return f"the device's compute ({100 * timing.compute_s / timing.step_s:.0f} % of the step)"
-        down_s = timing.lanes.get("d2h", Total()).seconds
-        if down_s > max(self._of_lane("host", "step"), self._up_s, timing.backward_s):
-            return f"the link down: gradients take {seconds(down_s)}"
-        if self.scenario.waits:
-            return f"the schedule: the device waits {seconds(stall_s)} for gradients, host and weights in turn"
-        return self._late_bottleneck() if self._decides_late else self._early_bottleneck()
-
-    def _early_bottleneck(self) -> str:
-        """Of units that are stepped under backward."""
-        lane, slow_s = max(((lane, total.seconds) for lane, total in self.timing.lanes.items()), key=lambda x: x[1])
-        if slow_s > self.timing.compute_s:
-            return f"{_NAMES[lane]}, {seconds(slow_s)}, longer than the device computes"
-        return f"the way down, through the host and up of what backward reaches last, {seconds(self._tail_s)}"
-
-    def _late_bottleneck(self) -> str:
-        """Of a step that follows backward."""
-        timing, step_s = self.timing, self._of_lane("host", "step")
-        what, slow_s = ("the host's step", step_s) if step_s >= self._up_s else ("the link up", self._up_s)
-        text = f"{what}, {seconds(slow_s)}, of which the next forward hides {seconds(min(timing.forward_s, slow_s))}"
-        if timing.forward_s > 0 and slow_s > timing.forward_s:
-            tokens, unit = _count(self.scenario.batch)
-            text += f"; it would hide from about {round(tokens * slow_s / timing.forward_s):,} {unit} per micro-batch"
-        return text
-
-
-_NAMES = {"host": "the host's work", "d2h": "the link down", "h2d": "the link up"}
-
-
-def _end(span: Span) -> float:
-    return span.end_s
+    def _traffic(self) -> Iterator[str]:
+        """What lsp moves, and what full would have."""
+        driver = self.run.driver
+        if isinstance(driver, EngineDriver) and driver.engine.own is not None and self.timing.kinds:
+            totals = {kind: total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d")}
+            whole = sum(t.parameter.nbytes for t in driver.engine.own.trained) / totals["h2d", "deltas"]
+            moved = sum(totals.values())
+            of_full = moved + (whole - 1) * (totals["d2h", "compressed gradients"] + totals["h2d", "deltas"])
+            yield f"the link carries {gigabytes(moved)} a step, {100 * moved / of_full:.0f} % of what full moves"
 
 
 def _hardware(machine: Machine) -> str:
@@ -343,14 +294,6 @@ def _enable_checkpointing(module: nn.Module) -> None:
     from lightning_offload.text.loading import recompute_blocks
 
     recompute_blocks(next(p for p in module.modules() if getattr(p, "supports_gradient_checkpointing", False)))
-
-
-def _count(batch: Any) -> tuple[int, str]:
-    """Tokens of a batch, or its samples."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return batch["input_ids"].numel(), "tokens"
-    first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), None)
-    return (1 if first is None else first.shape[0]), "samples"
 
 
 _OUTSIDE = ("before blocks (embeddings)", "after blocks (head)")

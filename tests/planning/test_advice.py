@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_offload.memory.budget import Machine
-from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.planning import Plan, plan
 from lightning_offload.planning.advice import EXPANDABLE, advise
 from lightning_offload.planning.scenario import Dry, Scenario
@@ -53,6 +53,7 @@ class Asked:
     method: str = "full"
     precision: Any = "32-true"
     accumulate: Any = "auto"
+    dim: float = 0.5
     make: Callable[..., nn.Module] = causal_lm
 
     @property
@@ -64,7 +65,7 @@ class Asked:
             else torch.zeros(self.samples, 96),
             machine=self.machine,
             method=self.method,
-            settings=FullSettings(accumulate=self.accumulate),
+            settings=LSPSettings(accumulate=self.accumulate, dim=self.dim, seed=0),
             precision=self.precision,
             micro_batches=self.micro_batches,
         )
@@ -83,7 +84,7 @@ class Asked:
                 asked = replace(asked, model={**asked.model, key.removeprefix("model."): json.loads(value)})
             else:
                 name = {"data.batch_size": "samples", "trainer.accumulate_grad_batches": "micro_batches"}.get(key)
-                kept = int(value) if name else value
+                kept = int(value) if name else float(value) if key.endswith(".dim") else value
                 asked = replace(asked, **{name or key.removeprefix("trainer.strategy."): kept})
         return asked
 
@@ -96,14 +97,17 @@ def everything(asked: Asked) -> Iterator[list[str]]:
         if asked.samples % size == 0
     ]
     model = ["model.gradient_checkpointing=true", "model.loss_chunk_tokens=128"] if asked.make is causal_lm else []
-    changes = [*model, "precision=bf16-true", "method=full", *batches]
+    changes = [*model, "precision=bf16-true", "method=full", "method=lsp", *batches]
+    if asked.method == "lsp":
+        changes.append(f"trainer.strategy.dim={asked.dim / 2}")
     yield from (
         [change] for change in [*changes, "trainer.strategy.accumulate=host", "trainer.strategy.accumulate=device"]
     )
     if asked.precision != "bf16-true":  # which without masters would lose small updates
         yield ["method=none"]
     for where in ("host", "device"):
-        yield [*model, "precision=bf16-true", "method=full", *batches[:1], f"trainer.strategy.accumulate={where}"]
+        for method in (["method=full"], ["method=lsp", f"trainer.strategy.dim={asked.dim / 2}"]):
+            yield [*model, "precision=bf16-true", *method, *batches[:1], f"trainer.strategy.accumulate={where}"]
 
 
 def capped(machine: Machine, made: Plan, share: float, place: str) -> Machine:
@@ -125,6 +129,7 @@ CASES = [
     (Asked(gpu(), precision="bf16-true", samples=1), "host"),
     (Asked(cpu(), micro_batches=3, samples=2), "host"),
     (Asked(gpu(), make=Stack, samples=256), "device"),
+    (Asked(gpu(), method="lsp", precision="bf16-true"), "host"),
 ]
 IDS = [f"{asked.method}-{asked.precision}-{asked.machine.device_type}-{at}" for at, (asked, _) in enumerate(CASES)]
 

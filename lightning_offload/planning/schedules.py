@@ -1,0 +1,36 @@
+"""One method on one machine under two schedules: layer by layer, and ZeRO-Offload's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_offload.planning.result import Plan
+from lightning_offload.planning.scenario import Dry, Scenario
+from lightning_offload.planning.words import seconds
+from lightning_offload.timeline import draw
+
+
+def schedules(scenario: Scenario) -> dict[str, Plan]:
+    """Plans of the same bytes and arithmetic, by the name of their schedule.
+
+    Args:
+        scenario: As it is to be run; ``bench.simulated.published_jobs()`` has those of LSP-Offload's figures.
+    """
+    return {
+        "layer by layer": Dry(replace(scenario, serial=False)).plan(),
+        "one phase after the other": Dry(replace(scenario, serial=True)).plan(),
+    }
+
+
+def draw_schedules(plans: Mapping[str, Plan], path: str | Path) -> Path:
+    """One step of each, one above the other; the suffix of ``path`` gives the format.
+
+    Returns:
+        ``path``.
+    """
+    first = next(iter(plans.values()))
+    title = f"{first.model}, {first.method}, {first.precision}, {first.hardware}: planned"
+    spans = {f"{name}, {seconds(plan.step_s)}": plan.spans for name, plan in plans.items()}
+    return draw(spans, Path(path), units=first.units, title=title)
