@@ -235,6 +235,7 @@ def dense_train(
     clip: Clip | None = None,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
     schedule: bool = False,
+    spoil: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[Run, Dense]:
     """The loop of ``helpers.train``, in fp32."""
     module = copy.deepcopy(net)
@@ -249,13 +250,16 @@ def dense_train(
         matrix.weight.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
     torch.manual_seed(7)
     data = torch.Generator().manual_seed(11)
-    for _ in range(steps):
+    for step in range(steps):
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
             loss = module.loss(torch.randint(0, VOCAB, (2, 6), generator=data)) / micro_batches
             run.losses.append(loss.item())
             arrived.clear()
             loss.backward()
+            if spoil is not None:
+                arrived.clear()  # gradients stay visible, and are taken in the order of the model
+                spoil(module, step)
             waiting = [n for n, m in projected.matrices.items() if last and m.weight.grad is not None]
             for name in dict.fromkeys([*arrived, *waiting]):
                 matrix = projected.matrices[name]

@@ -139,6 +139,8 @@ class Engine:
         """Around one forward of training: each unit waits for its own weights."""
         with self.arrivals.forward():
             yield
+        if self.own is not None:
+            self.publish()  # units that this forward has not used: nothing of a step before is under way in backward
         self.arrivals.marks.forward_done()
 
     def gradient_arrived(self, trained: Trained) -> None:

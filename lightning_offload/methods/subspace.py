@@ -473,7 +473,6 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         self, unit: UnitHomes[SubspaceHome], homes: Sequence[SubspaceHome], parcel: Parcel, deltas: Sequence[Tensor]
     ) -> None:
         """On the compute lane, before the unit's forward."""
-        unit.arrived = parcel.left
         with lane_context(self._lanes.device):
             for home, delta in zip(homes, deltas, strict=True):
                 square = delta.view(home.pair.left.dim, -1)

@@ -161,6 +161,38 @@ def test_reset_starts_moments_and_their_count_anew() -> None:
     assert of_unit == [{0}, {5}, {5}]  # replaced in step 5, whose own step came before
 
 
+def gradient_without_use(net: nn.Module, step: int) -> None:
+    for p in net.parameters():
+        p.grad = torch.ones(p.shape) if p.grad is None else p.grad
+
+
+class FirstUnused(Net):
+    """Every other forward leaves out the first block, whose delta then waits while others are replaced."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.embed(tokens)
+        for block in self.blocks[self.calls % 2 :]:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("kind", ["inline", "checked", "shuffled"])
+@pytest.mark.parametrize("share", ["matrix", "type"])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("skip_nonfinite", [True, False])
+def test_a_delta_that_no_forward_has_asked_for_is_not_lost(
+    kind: str, share: str, by_hand: bool, skip_nonfinite: bool
+) -> None:
+    """Its unit gets a gradient by hand, or its projectors are replaced by another's, before it is used again."""
+    method = {"share": share, "projector": "block", "refit_every": 1, "skip_nonfinite": skip_nonfinite}
+    common = {"steps": 7, "make_optimizer": gentle}
+    spoil = gradient_without_use if by_hand else None
+    ours = train(FirstUnused(depth=5), lanes_of(kind), method=lsp(**method), late=by_hand, spoil=spoil, **common)
+    expected, _ = dense_train(FirstUnused(depth=5), settings_of(**method), spoil=spoil, **common)
+    close(ours, expected)
+
+
 # Sums that come in several pieces.
 
 
