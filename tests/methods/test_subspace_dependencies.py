@@ -58,7 +58,7 @@ SCENARIOS = [
 ]
 
 
-COMMON = {"d2h gradients", "h2d weights", "host norm", "d2h verdict"}
+COMMON = {"d2h gradients", "h2d weights", "host norm", "d2h verdict", "host verdict"}
 """What full does too, which ``test_dependencies`` looks at."""
 
 BEYOND_BUFFERS = {("d2h projectors", "compute"), ("host report", "host step")}
