@@ -15,6 +15,7 @@ import torch
 
 from lightning_offload.methods.base import Clip, DTypes
 from tests.helpers import Net, lanes_of, train, two_groups
+from tests.projected import lsp
 
 FOLDER = Path(__file__).parent / "golden"
 FAR = 2e-2
@@ -27,6 +28,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "settings": {"accumulate": "host"},
         "micro_batches": 2,
     },
+    "lsp_learned": {"method": {"projector": "learned", "fit_steps": 20, "refit_every": 5}, "clip": Clip(0.05)},
+    "lsp_block_bf16": {
+        "dtypes": DTypes(compute=torch.bfloat16, rounding="stochastic"),
+        "method": {"projector": "block", "accumulate": "host", "refit_every": 5},
+        "micro_batches": 2,
+    },
 }
 
 
@@ -36,7 +43,10 @@ def where() -> dict[str, str]:
 
 def losses(name: str) -> list[float]:
     torch.set_num_threads(1)
-    return train(Net(tied=True, dropout=0.1), lanes_of("inline"), steps=20, **RUNS[name]).losses
+    changes = dict(RUNS[name])
+    if "method" in changes:
+        changes["method"] = lsp(**changes["method"])
+    return train(Net(tied=True, dropout=0.1), lanes_of("inline"), steps=20, **changes).losses
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,4 +1,4 @@
-"""Method ``full`` on lanes that really run side by side, with random delays: the bits of ``InlineLanes``."""
+"""Methods on lanes that really run side by side, with random delays: the bits of ``InlineLanes``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_offload.errors import NonFiniteError
 from lightning_offload.methods.base import Clip, DTypes
 from tests.helpers import Net, Run, adamw, assert_moved, assert_same, lanes_of, train
+from tests.projected import assert_projected, lsp
 from tests.streams import thread_lanes
 
 pytestmark = pytest.mark.timeout(60)
@@ -182,3 +183,26 @@ def test_after_a_failed_host_step_every_weight_still_equals_its_master(
         engine.drop()
         for trained, weight in engine.weights():
             assert torch.equal(trained.parameter, weight), trained.name
+
+
+@pytest.mark.parametrize("form", ["gradient", "activations"])
+@pytest.mark.parametrize("accumulate", ["device", "host"])
+@pytest.mark.parametrize("clip", [None, Clip(0.05)])
+@pytest.mark.parametrize("skip_nonfinite", [True, False])
+def test_lsp_has_the_bits_of_inline(form: str, accumulate: str, clip: Clip | None, skip_nonfinite: bool) -> None:
+    """Five units in three slots; projectors are replaced in every step, moments carried over in its wake."""
+    changes = {"form": form, "accumulate": accumulate, "skip_nonfinite": skip_nonfinite, "refit_every": 1}
+    module = Net(depth=5, dropout=0.1, tied=True)
+    common = {"steps": STEPS, "micro_batches": 2, "clip": clip}
+    for dtypes in (DTypes(), DTypes(compute=torch.bfloat16, rounding="stochastic")):
+        method = {**changes, "projector": "block", "min_numel": 60}
+        expected = train(module, lanes_of("inline"), method=lsp(**method), dtypes=dtypes, **common)
+        assert_projected(expected, module, steps=STEPS)
+        for seed in range(2):
+            with thread_lanes(seed, pauses=12) as lanes:
+                run = train(module, lanes, method=lsp(**method), dtypes=dtypes, **common)
+                assert_same(run, expected, state=False)
+                moments = zip(expected.engine.own.extras().items(), run.engine.own.extras().values(), strict=True)
+                for (name, wanted), found in moments:
+                    assert torch.equal(found["exp_avg_sq"], wanted["exp_avg_sq"]), name
+                assert lanes.memory.report() == expected.engine.lanes.memory.report()
