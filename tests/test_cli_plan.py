@@ -60,10 +60,21 @@ def test_a_plan_is_printed_written_and_drawn(run, capsys) -> None:
     assert made["fits"] is True
     assert made["tokens"] == 4 * 32
     assert made["precision"] == "bf16-true"
-    assert [other["method"] for other in made["others"]] == ["none", "zero-offload"]
+    assert {made["method"], *(other["method"] for other in made["others"])} == {"none", "zero-offload", "full", "lsp"}
     assert imread("out/plan.png").std() > 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("fits", "zero-offload", "device memory", "out/plan.json"))
+
+
+def test_a_plan_of_lsp_takes_its_settings(run) -> None:
+    half, quarter = (
+        planned(run, *SMALL, "method=lsp", "precision=bf16-true", f"trainer.strategy.dim={dim}") for dim in (0.5, 0.25)
+    )
+    assert half["method"] == quarter["method"] == "lsp"
+    states = [made["host"]["holds"]["optimizer state in subspaces"] for made in (half, quarter)]
+    assert states == [2 * 4 * 2 * 7 * dim**2 for dim in (32, 16)]
+    assert half["lanes"]["d2h"]["bytes"] > quarter["lanes"]["d2h"]["bytes"]
+    assert any("of what full moves" in note for note in half["notes"])
 
 
 def test_without_output_nothing_is_left_and_the_empty_folder_stays(run, workplace: Path) -> None:

@@ -36,14 +36,20 @@ class Waiting:
 
     @property
     def bound_s(self) -> float:
-        """See ``targets.md``: what all gradients decide together waits for the end of backward, else the last alone."""
+        """See ``targets.md``: what all gradients decide together waits for the end of backward, else the last alone.
+
+        Of lsp also the way of the unit that is needed first, which is whole where others are (embeddings).
+        """
         timing, lanes = self.timing, self.timing.lanes
         busy = {lane: lanes.get(lane, Total()).seconds for lane in ("d2h", "h2d", "host")}
         if self.scenario.machine.device_type == "cpu" or self.scenario.method == NATIVE:
             return timing.compute_s + sum(busy.values())
         if not self.decides_late:
-            return max(timing.compute_s + self._tail_s, *busy.values())
-        hidden = max(timing.forward_s + timing.apply_s, self._of_lane("host", "step"), self._up_s)
+            return max(timing.compute_s + self._tail_s(), *busy.values())
+        forward_s = timing.forward_s + timing.apply_s
+        if self.scenario.method == SUBSPACE:
+            forward_s += self._tail_s("host", "h2d")
+        hidden = max(forward_s, self._of_lane("host", "step"), self._up_s)
         late = timing.module_s - timing.forward_s + timing.compress_s + hidden
         return max(timing.compute_s, late, *busy.values())
 
@@ -51,12 +57,11 @@ class Waiting:
     def _up_s(self) -> float:
         return self._of_lane("h2d", "weights") + self._of_lane("h2d", "deltas")
 
-    @property
-    def _tail_s(self) -> float:
+    def _tail_s(self, *lanes: str) -> float:
         """The way of the unit that is needed first, whose last gradient comes last: down, stepped, up."""
         first = min((span.order for span in self.timing.spans if span.lane == "h2d" and span.order > 0), default=0)
         last = {span.lane: span for span in sorted(self.timing.spans, key=_end) if span.order == first}
-        return sum(last[lane].end_s - last[lane].start_s for lane in ("d2h", "host", "h2d") if lane in last)
+        return sum(last[lane].end_s - last[lane].start_s for lane in lanes or ("d2h", "host", "h2d") if lane in last)
 
     def _of_lane(self, lane: str, kind: str) -> float:
         return self.timing.kinds.get((lane, kind), Total()).seconds
@@ -75,14 +80,15 @@ class Waiting:
             return f"the link down: gradients take {seconds(down_s)}"
         if self.scenario.waits:
             return f"the schedule: the device waits {seconds(stall_s)} for gradients, host and weights in turn"
-        return self._late_bottleneck() if self.decides_late else self._early_bottleneck()
+        hides = max(self._of_lane("host", "step"), self._up_s) <= timing.forward_s
+        return self._late_bottleneck() if self.decides_late and not hides else self._early_bottleneck()
 
     def _early_bottleneck(self) -> str:
-        """Of units that are stepped under backward."""
+        """Of units that are stepped under backward, or under the next forward but for the first."""
         lane, slow_s = max(((lane, total.seconds) for lane, total in self.timing.lanes.items()), key=lambda x: x[1])
         if slow_s > self.timing.compute_s:
             return f"{_NAMES[lane]}, {seconds(slow_s)}, longer than the device computes"
-        return f"the way down, through the host and up of what backward reaches last, {seconds(self._tail_s)}"
+        return f"the way down, through the host and up of what backward reaches last, {seconds(self._tail_s())}"
 
     def _late_bottleneck(self) -> str:
         """Of a step that follows backward."""

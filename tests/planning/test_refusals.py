@@ -155,6 +155,7 @@ def test_optimizers_that_need_the_trainer_are_passed() -> None:
         (Plain, {"gradient_clip_algorithm": "nrom"}, "`gradient_clip_algorithm` must be 'norm' or 'value', got 'nrom'"),
         (Plain, {"gradient_clip_val": "a"}, "`gradient_clip_val` must be a number >= 0, or None, got 'a'"),
         (Plain, {"settings": {"pin_memory": False}}, "`settings` must be FullSettings.*, or None, got {'pin_memory'"),
+        (Plain, {"method": "lsp", "settings": FullSettings()}, "`settings` must be LSPSettings.* for method='lsp'"),
         (Plain, {"optimizer": torch.optim.AdamW}, "`optimizer` must be a torch.optim.Optimizer, .*pass an instance"),
         (Plain, {"hardware": replace(cpu(), rates=None)}, "Machine without rates .'a cpu'.; pass hardware='auto'"),
         (
@@ -211,7 +212,9 @@ def test_methods_that_a_model_cannot_have_are_left_out_of_a_comparison() -> None
     compared = planned(module, method="none", optimizer=rmsprop, compare=True)
     assert compared.others == ()
     said = [note for note in compared.notes if "cannot be compared" in note]
-    assert [note.split(": ")[0] for note in said] == [f"{m} cannot be compared" for m in ("zero-offload", "full")]
+    assert [note.split(": ")[0] for note in said] == [
+        f"{m} cannot be compared" for m in ("zero-offload", "full", "lsp")
+    ]
     assert all("RMSprop" in note for note in said)
 
 
