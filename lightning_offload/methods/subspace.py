@@ -166,7 +166,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         homes = self._home.values()
         held = {
             "optimizer state in subspaces": [state for home in homes for state in home.states.values()],
-            "wire (compressed gradients down, deltas up)": [home.wire for home in homes],
+            "wire (subspaces, down and up)": [home.wire for home in homes],
             "sums over micro-batches": [home.total for home in homes if home.total is not None],
             "projectors, for moments": [
                 tensor for p in self._projections.values() if p.on_host is not None for tensor in p.on_host.tensors
