@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.lsp import LSPSettings
+from lightning_offload.methods.settings import GradientSettings
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -98,12 +100,15 @@ TREE = {
 """Every module of the package; `text/` in one line."""
 
 
-def settings_rows() -> list[str]:
-    """Name, default and meaning from the settings dataclass, the method's own first."""
-    own = {field.name for field in fields(FullSettings)} - {field.name for field in fields(FullSettings.__mro__[1])}
-    ordered = sorted(fields(FullSettings), key=lambda field: field.name not in own)
-    meanings = {**_attributes(FullSettings.__mro__[1]), **_attributes(FullSettings)}
-    return [f"| `{f.name}` | `{f.default!r}` | {meanings[f.name]} |" for f in ordered]
+def settings_rows(kind: type[GradientSettings], *, shared: bool) -> list[str]:
+    """Name, default and meaning from the settings dataclass: what all methods share, or what only this one has."""
+    names = {field.name for field in fields(GradientSettings)}
+    chosen = [f.name for f in fields(kind) if (f.name in names) == shared]
+    chosen.sort(key=lambda name: name != "accumulate")
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        meanings |= _attributes(base)
+    return [f"| `{name}` | `{getattr(kind(), name)!r}` | {meanings[name]} |" for name in chosen]
 
 
 def tree_rows() -> list[str]:
@@ -112,18 +117,25 @@ def tree_rows() -> list[str]:
 
 def _attributes(kind: type) -> dict[str, str]:
     """The ``Attributes:`` section of a docstring, by name."""
-    section = (kind.__doc__ or "").split("Attributes:")[1]
+    _, found_any, section = (kind.__doc__ or "").partition("Attributes:")
+    if not found_any:
+        return {}
     entries = re.split(r"\n        (?=\w+: )", "\n" + section.strip("\n"))
     found = {}
     for entry in entries:
         name, _, text = entry.strip().partition(": ")
-        found[name] = re.sub(r"\s+", " ", text).replace("``", "`").rstrip(".")
+        found[name] = re.sub(r"\s+", " ", text).replace("``", "`").replace("|", "\\|").rstrip(".")
     return found
 
 
 def render(text: str) -> str:
     """``text`` with the rows of each generated table written anew."""
-    for marker, rows in (("settings: generated", settings_rows()), ("tree: generated", tree_rows())):
+    tables = {
+        "settings: generated": settings_rows(FullSettings, shared=True),
+        "lsp settings: generated": settings_rows(LSPSettings, shared=False),
+        "tree: generated": tree_rows(),
+    }
+    for marker, rows in tables.items():
         before, comment, after = text.partition(f"<!-- {marker}")
         head, rule, rest = after.partition("|---|\n")
         _, blank, following = rest.partition("\n\n")
