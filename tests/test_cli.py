@@ -106,20 +106,29 @@ def steps_logged(folder: Path) -> list[int]:
 # What it does
 
 
+OF_METHOD = {
+    "none": ["method=none"],
+    "full": ["method=full"],
+    "lsp": ["trainer.strategy.min_numel=0", "trainer.strategy.nnz=4"],  # the default method
+    "lsp_paper": ["method=lsp_paper", "trainer.strategy.min_numel=0", "trainer.strategy.fit_steps=2"],
+}
+"""What makes each method work on a model of this size."""
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("method", ["none", "full"])
+@pytest.mark.parametrize("method", OF_METHOD)
 def test_train_and_export_in_every_precision(method: str, precision: str, run, given) -> None:
-    fused = [] if method == "full" else ["optimizer.fused=false"]
-    settings = [f"method={method}", f"precision={precision}", "name=a", "trainer.max_steps=2", *fused]
+    fused = [] if method != "none" else ["optimizer.fused=false"]
+    settings = [*OF_METHOD[method], f"precision={precision}", "name=a", "trainer.max_steps=2", *fused]
     assert run("train", *given, *settings) == 0
     assert AutoModelForCausalLM.from_pretrained("runs/a/hf")
 
 
-@pytest.mark.parametrize("method", ["none", "full"])
+@pytest.mark.parametrize("method", ["none", "full", "lsp"])
 def test_train_writes_everything_and_continues(method: str, run, given, capsys, workplace: Path) -> None:
-    assert run("train", *given, f"method={method}") == 0
+    assert run("train", *given, *OF_METHOD[method]) == 0
     folder = workplace / "runs" / f"{method}-pretrained-text-1"
-    drawn = ["timeline.png", "trace.json"] if method == "full" else []
+    drawn = ["timeline.png", "trace.json"] if method != "none" else []
     assert {p.name for p in folder.iterdir()} == {"config.yaml", "checkpoints", "hf", "logs", "loss.png", *drawn}
     assert all(imread(folder / name).std() > 0 for name in ("loss.png", *drawn[:1]))
     assert AutoModelForCausalLM.from_pretrained(folder / "hf")
@@ -131,7 +140,7 @@ def test_train_writes_everything_and_continues(method: str, run, given, capsys, 
     before, after = out.split("  loss ")[1].splitlines()[0].split(" -> ")
     assert float(after) < float(before)
 
-    assert run("train", *given, f"method={method}", "ckpt_path=last", "trainer.max_steps=7") == 0
+    assert run("train", *given, *OF_METHOD[method], "ckpt_path=last", "trainer.max_steps=7") == 0
     assert [p.name for p in (workplace / "runs").iterdir()] == [folder.name]
     assert torch.load(runs.newest_checkpoint(folder), weights_only=True)["global_step"] == 7
     assert len(steps_logged(folder)) == 7
@@ -231,6 +240,12 @@ def test_users_add_their_own_files(run, given, refused, capsys) -> None:
         ("train {given} trainer.gradient_clip_algorithm=nrom", "trainer: `gradient_clip_algorithm` nrom is invalid"),
         ("train {given} precision=bf16-mixed precision.precision=64-true", "64-true"),
         ("train {given} trainer.strategy.min_numel=-1", "min_numel"),
+        ("train {given} trainer.strategy.dim=4", "trainer.strategy: `dim` must be at least nnz=8"),
+        ("train {given} trainer.strategy.dim=20", "a multiple of nnz=8, so that columns form nnz bands; try 16 or 24"),
+        ("train {given} trainer.strategy.projector=svd", "`projector` must be one of 'learned', 'pca', 'block'"),
+        ("train {given} precision.precision=16-mixed", "`OffloadPrecision(precision='16-mixed')` is not supported"),
+        ("train {given} precision=bf16-true precision.master=float32", "method `lsp`"),
+        ("train {given} method=full precision.rounding=stochastic", "keeps fp32 masters; it must be 'nearest'"),
         ("train {given} method=none precision.master=float32", "precision.master is for the offload methods"),
         (
             "train {given} method=none precision=bf16-mixed",
@@ -288,10 +303,31 @@ def test_a_conflict_found_in_fit_is_one_line(refused, given, monkeypatch: pytest
         assert "exclude each other" in refused("train", *given, "method=none", "logger=none", "callbacks=none")
 
 
-def test_what_a_strategy_refuses_before_the_first_batch_is_one_line(run, given, capsys) -> None:
-    adagrad = ["optimizer._target_=torch.optim.Adagrad", "~optimizer.betas", "~optimizer.fused"]
-    assert run("train", *given, *adagrad) == 2
-    assert "adagrad.Adagrad` cannot be offloaded" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["optimizer._target_=torch.optim.Adagrad", "~optimizer.betas", "~optimizer.fused"],
+            "adagrad.Adagrad` cannot be offloaded",
+        ),
+        (["optimizer=sgd", "trainer.strategy.min_numel=0"], "method `lsp` cannot project `SGD`"),
+        (["trainer.strategy.min_numel=0", "trainer.strategy.dim=64"], "`dim=64` is larger than min(m, n)=16 of"),
+        ([], "found no linear weight to project in CausalLM"),
+    ],
+)
+def test_what_a_strategy_refuses_before_the_first_batch_is_one_line(settings, said: str, run, given, capsys) -> None:
+    assert run("train", *given, *settings) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_calibration_takes_training_data_where_none_is_given(run, given, capsys) -> None:
+    learned = [
+        "trainer.strategy.projector=learned",
+        "trainer.strategy.fit_steps=2",
+        "trainer.strategy.calibration=batch",
+    ]
+    assert run("train", *given, *OF_METHOD["lsp"], *learned, "name=a", "export=false") == 0
+    assert "held-out, before -> after" in capsys.readouterr().out
 
 
 def test_the_whole_traceback_when_asked_for(run, monkeypatch: pytest.MonkeyPatch) -> None:
