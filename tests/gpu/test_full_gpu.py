@@ -24,7 +24,7 @@ from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.asynchronous import AsyncLanes, Marker
 from lightning_offload.memory.cuda import CudaStreams, _CudaMarker, cuda_lanes
 from lightning_offload.memory.lanes import CopyLane, InlineLanes, Lanes
-from lightning_offload.methods import host
+from lightning_offload.methods import part
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
@@ -140,11 +140,11 @@ class Result:
 
 def assert_same(one: Result, other: Result) -> None:
     torch.testing.assert_close(one.losses, other.losses, rtol=0, atol=0, equal_nan=True)
-    for part in ("weights", "masters", "moments"):
-        left, right = getattr(one, part), getattr(other, part)
+    for held in ("weights", "masters", "moments"):
+        left, right = getattr(one, held), getattr(other, held)
         assert left.keys() == right.keys()
         for name, tensor in left.items():
-            assert torch.equal(tensor.cpu(), right[name].cpu()), f"{part} of {name}"
+            assert torch.equal(tensor.cpu(), right[name].cpu()), f"{held} of {name}"
     assert all(weight.isfinite().all() for weight in one.weights.values())
 
 
@@ -318,7 +318,7 @@ def test_the_reference_loop_is_right_on_the_cpu(case: Case) -> None:
 def test_the_bits_of_the_reference_under_random_delays(
     case: Case, slot_numel: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "SLOT_NUMEL", slot_numel)
+    monkeypatch.setattr(part, "SLOT_NUMEL", slot_numel)
     expected = reference(case, device)
     for seed in (None, 1, 2, 3):
         with cuda(device, pin=case.pin, seed=seed) as lanes:
