@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_offload import FullOffloadStrategy
+from lightning_offload import FullOffloadStrategy, LSPOffloadStrategy
 from lightning_offload.memory.budget import Machine
 from lightning_offload.planning import plan
 from lightning_offload.text import CausalLM, batch_by_shape
@@ -40,18 +40,26 @@ class ByShape(CausalLM):
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("make", [FullOffloadStrategy, LSPOffloadStrategy])
 @pytest.mark.parametrize("point", POINTS, ids=str)
-def test_reserved_memory_is_within_five_percent(point: tuple[Any, ...]) -> None:
+def test_reserved_memory_is_within_five_percent(point: tuple[Any, ...], make: type[Any]) -> None:
     with torch.device("meta"):
         shape = ByShape(*point)
-    predicted = plan(shape, shape.batches[0], precision=point[3], hardware=gpu(80), gradient_clip_val=1.0)
+    predicted = plan(
+        shape,
+        shape.batches[0],
+        method="lsp" if make is LSPOffloadStrategy else "full",
+        precision=point[3],
+        hardware=gpu(80),
+        gradient_clip_val=1.0,
+    )
     module = ByShape(*point)
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     L.Trainer(
-        strategy=FullOffloadStrategy(),
+        strategy=make(),
         accelerator="cuda",
         devices=1,
         precision=point[3],

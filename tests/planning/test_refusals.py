@@ -147,7 +147,7 @@ def test_optimizers_that_need_the_trainer_are_passed() -> None:
 @pytest.mark.parametrize(
     ("make", "settings", "said"),
     [
-        (Plain, {"method": "fulll"}, "`method` must be one of none, zero-offload, full, got 'fulll'"),
+        (Plain, {"method": "fulll"}, "`method` must be one of none, zero-offload, full, lsp, got 'fulll'"),
         (Plain, {"hardware": "rtx9"}, "`hardware` must be a Machine or one of a100, auto, .*, got 'rtx9'"),
         (Plain, {"precision": "16-true"}, "`precision` must be one of 32-true, bf16-mixed, bf16-true, got '16-true'"),
         (Plain, {"accumulate_grad_batches": 2.5}, "`accumulate_grad_batches` must be an integer >= 1, got 2.5"),
