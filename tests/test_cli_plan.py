@@ -91,7 +91,7 @@ def test_without_output_nothing_is_left_and_the_empty_folder_stays(run, workplac
             ["precision=bf16-mixed", "trainer.accumulate_grad_batches=3"],
             {"precision": "bf16-mixed", "micro_batches": 3},
         ),
-        (["name=a", "callbacks=default", "logger=csv", "scheduler=cosine", "debug=limit"], {"method": "full"}),
+        (["name=a", "callbacks=default", "logger=csv", "scheduler=cosine", "debug=limit"], {"method": "lsp"}),
     ],
 )
 def test_the_arguments_of_train_are_planned(arguments: list[str], expected: dict[str, Any], run) -> None:
@@ -172,7 +172,7 @@ def own(workplace: Path) -> list[str]:
     for group, target in (("model", "Regression"), ("data", "Rows")):
         Path("mine", group).mkdir(parents=True)
         Path("mine", group, "own.yaml").write_text(f"_target_: {__name__}.{target}\n")
-    return ["--config-dir", "mine", "model=own", "data=own", "lr=1e-3"]
+    return ["--config-dir", "mine", "model=own", "data=own", "method=full", "lr=1e-3"]
 
 
 def test_an_own_module_is_planned_with_its_own_data(run, own) -> None:

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.virtual import VirtualLanes
@@ -77,13 +76,13 @@ class WatchedEngine(Engine):
 
     watch: Watch = staticmethod(lambda name, factors: nullcontext())
 
-    @override
     def gradient_arrived(self, trained: Trained) -> None:
+        """See ``Engine.gradient_arrived``."""
         with self.watch(trained.name, ()):
             super().gradient_arrived(trained)
 
-    @override
     def factors_arrived(self, trained: Trained, left: Tensor, right: Tensor) -> None:
+        """See ``Engine.factors_arrived``."""
         with self.watch(trained.name, (left, right)):
             super().factors_arrived(trained, left, right)
 
