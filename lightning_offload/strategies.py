@@ -188,8 +188,8 @@ class LSPOffloadStrategy(OneDevice):
     LSP-Offload (arXiv 2406.10181).
 
     Args:
-        projector: ``"block"`` (block-diagonal, orthonormal at random; the default), ``"pca"`` (the closed-form best of
-            each block) or ``"learned"`` (the paper: positions at random, values fitted).
+        projector: ``"pca"`` (block-diagonal, the closed-form best of each block; the default), ``"block"``
+            (block-diagonal, orthonormal at random) or ``"learned"`` (the paper: positions at random, values fitted).
         nnz: Nonzeros per row of a projector; 8.
         refit_every: Optimizer steps between two looks at a matrix's projectors; 100.
         bias_threshold: Relative bias up to which they are kept; 0.8.

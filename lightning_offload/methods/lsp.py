@@ -40,7 +40,7 @@ UNSET: Any = None
 
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
-        "projector": "block",
+        "projector": "pca",
         "refit_every": 100,
         "bias_threshold": 0.8,
         "threshold_over": "matrix",
