@@ -14,7 +14,7 @@ from typing import Literal
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.planning.methods import FULL, NATIVE, SUBSPACE
-from lightning_offload.planning.result import Advice, Plan
+from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Plan
 from lightning_offload.planning.scenario import Dry, Scenario, has_checkpointing
 
 LEAST_CHUNK = 128
@@ -271,8 +271,9 @@ def _precision(tried: _Tried) -> list[_Change]:
 
 
 def _project(tried: _Tried) -> list[_Change]:
-    """No masters, and states of d x d; updates are in a subspace then."""
-    if tried.scenario.method == SUBSPACE:
+    """No masters, and states of d x d; updates are in a subspace then. Saves a part of the arenas and nothing else."""
+    arenas = sum(count for kind, count in tried.plan.host.holds.items() if kind != THE_RUN_ITSELF)
+    if tried.scenario.method == SUBSPACE or tried.plan.host.fits or _missing(tried.plan) > arenas:
         return []
     words = "updates in a subspace of each linear weight, whose state is d x d (strategy `lsp_offload`)"
     return [_Change(words, "method=lsp", lambda scenario: replace(scenario, method=SUBSPACE))]

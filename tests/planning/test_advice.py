@@ -164,7 +164,11 @@ def advised(asked: Asked, share: float, place: str) -> list[tuple[str, ...]]:
 def test_what_changes_least_comes_first() -> None:
     chunks, batches = "model.loss_chunk_tokens=128", "data.batch_size=4 trainer.accumulate_grad_batches=2"
     assert advised(CASES[0][0], 0.9, "device") == [(chunks,), (batches,)]
-    assert advised(CASES[4][0], 0.9, "host") == [("trainer.strategy.accumulate=device",), ("method=none",)]
+    assert advised(CASES[4][0], 0.9, "host") == [
+        ("trainer.strategy.accumulate=device",),
+        ("method=lsp",),
+        ("method=none",),
+    ]
 
 
 def test_the_allocators_other_way_comes_before_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
