@@ -51,6 +51,7 @@ TREE = {
     "lightning_offload/methods/lsp.py": "method `lsp`: settings, and which weights it projects",
     "lightning_offload/methods/dims.py": "the largest subspace that hides under backward",
     "lightning_offload/methods/projections.py": "projectors of a matrix: drawn, judged, fitted anew",
+    "lightning_offload/methods/refits.py": "when projectors are replaced, and how moments follow",
     "lightning_offload/methods/subspace.py": "compressed gradients down, AdamW in the subspace, deltas up",
     "lightning_offload/methods/activations.py": "linear layers that hand over the factors of a gradient",
     "lightning_offload/methods/deliveries.py": "deltas on their way up through a few device slots",

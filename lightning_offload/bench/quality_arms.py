@@ -63,7 +63,7 @@ class Plain:
 
     def step(self, loss: Loss, calibration: Loss) -> None:
         """See ``Fit``."""
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -95,11 +95,11 @@ class Offloaded:
     def step(self, loss: Loss, calibration: Loss) -> None:
         """See ``Fit``."""
         if self.engine.calibration_due:
-            self.engine.calibrate(lambda: calibration().backward())  # type: ignore[no-untyped-call]
+            self.engine.calibrate(lambda: calibration().backward())
         with self.engine.micro_batch():
             value = loss()
         self.engine.stepping = True
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         self.engine.step()
 
     def settle(self) -> None:

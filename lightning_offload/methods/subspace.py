@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,11 +15,12 @@ from lightning_offload.methods.activations import linear_modules, tap
 from lightning_offload.methods.arrivals import is_compiled
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
-from lightning_offload.methods.homes import CHUNK_NUMEL, Home, UnitHomes, chunks, clip_, settle, skips, weight_dtype
+from lightning_offload.methods.homes import CHUNK_NUMEL, UnitHomes, chunks, clip_, settle, skips, weight_dtype
 from lightning_offload.methods.part import CAST_BYTES, FactorsArrived, HostPart, form_gradient
-from lightning_offload.methods.projections import HostPairs, Pair, Projections, seed_for
+from lightning_offload.methods.projections import HostPairs, seed_for
+from lightning_offload.methods.refits import Refits, SubspaceHome, sharing_key
 from lightning_offload.methods.rules import Rule
-from lightning_offload.numerics.projector import Projector, apply_, compress, compress_activations, transfer, transition
+from lightning_offload.numerics.projector import Projector, apply_, compress, compress_activations
 
 if TYPE_CHECKING:
     from lightning_offload.methods.lsp import LSPSettings
@@ -32,38 +31,6 @@ AHEAD = 3
 
 SKIPPED = float("nan")
 """First element of a delta that must change nothing, not even by weight decay."""
-
-
-@dataclass(eq=False, kw_only=True)
-class SubspaceHome(Home):
-    """The home of a projected weight; ``wire``, ``states`` and ``total`` are d x d.
-
-    Attributes:
-        projections: Where its projectors come from; several homes may share them.
-        pair: The projectors in use.
-        next: Those that follow once the delta under way has been applied.
-        decay: What the weight is multiplied by when that happens.
-        step_made: Number of the optimizer step that has made it.
-        stepped: That step on the host.
-        under_way: Whether its delta has yet to be applied.
-        transferred: The last transfer of its moments.
-        held: Sum of compressed gradients on the device, where several come in a step.
-    """
-
-    projections: Projections
-    pair: Pair
-    next: Pair | None = None
-    decay: float = 1.0
-    step_made: int = 0
-    stepped: Event | None = None
-    under_way: bool = False
-    transferred: Event | None = None
-    held: Tensor | None = None
-
-    def like(self, what: str, *beside: Hashable) -> Hashable:
-        """What it costs to do this with it depends on nothing else."""
-        weight = self.trained.parameter
-        return what, weight.shape, weight.dtype, self.pair.left.dim, *beside
 
 
 class SubspaceOptimizer(HostPart[SubspaceHome]):
@@ -79,7 +46,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def __init__(self, trained: Sequence[Trained], site: Site, settings: LSPSettings) -> None:
         self._settings = settings
-        self._projections: dict[str, Projections] = {}
+        self._refits = Refits(site.lanes, settings)
         super().__init__(
             trained,
             site.rule,
@@ -92,7 +59,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         self._deliveries = Deliveries(self._lanes, [unit.flight for unit in self._units], max(sizes), AHEAD)
         self._sent: set[int] = set()
         self._noise = torch.Generator(self._lanes.device)
-        self._spread_refits()
+        self._refits.take_turns()
 
     @staticmethod
     def host_bytes(trained: Sequence[Trained], rule: Rule, dtypes: DTypes, settings: LSPSettings) -> int:
@@ -102,7 +69,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
             rows, columns = t.parameter.shape
             wire, dim = weight_dtype(t.parameter, dtypes).itemsize, settings.dim_of(rows, columns)
             total += dim**2 * (wire + 4 * len(rule.states) + 4 * (settings.accumulate == "host"))
-            key = _sharing_key(t, settings)
+            key = sharing_key(t, settings)
             if settings.transfers and key not in keys:
                 total += HostPairs.nbytes_for((rows, columns), wire, settings)
             keys.add(key)
@@ -115,7 +82,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         readers = super().update(groups, verdict, backward_done)
         self._sent.clear()
         self._deliveries.settle()
-        self._carry_moments_over()
+        self._refits.carry_moments_over()
         return readers
 
     def drop(self) -> None:
@@ -134,9 +101,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
         """See ``Part.load_state_of``: moments start anew unless ``load_extras`` follows."""
-        home = self._home[trained.name]
-        for tensor in (*home.states.values(), home.step):
-            tensor.zero_()
+        self._home[trained.name].start_anew()
 
     def master_of(self, trained: Trained) -> Tensor | None:
         """See ``Part.master_of``."""
@@ -168,9 +133,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
             "optimizer state in subspaces": [state for home in homes for state in home.states.values()],
             "wire (subspaces, down and up)": [home.wire for home in homes],
             "sums over micro-batches": [home.total for home in homes if home.total is not None],
-            "projectors, for moments": [
-                tensor for p in self._projections.values() if p.on_host is not None for tensor in p.on_host.tensors
-            ],
+            "projectors, for moments": self._refits.host_tensors,
         }
         return {name: nbytes(tensors) for name, tensors in held.items() if tensors}
 
@@ -182,7 +145,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     @property
     def projector_bytes(self) -> int:
         """Device bytes of the projectors."""
-        return sum(projections.pair.nbytes for projections in self._projections.values())
+        return self._refits.device_bytes
 
     @property
     def scratch_bytes(self) -> int:
@@ -218,38 +181,21 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         for at, t in enumerate(members):
             settle(t.parameter, self._lanes.device, dtypes[at])
             self._lanes.watch(t.name, t.parameter)
-            projections = self._projections_of(t, dims[at], dtypes[at])
             step = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
-            home = SubspaceHome(
-                trained=t,
-                wire=wires[at],
-                states=states[at],
-                step=step,
-                total=totals[at],
-                projections=projections,
-                pair=projections.pair,
+            projections = self._refits.projections_of(t, dims[at], dtypes[at])
+            homes.append(
+                SubspaceHome(
+                    trained=t,
+                    wire=wires[at],
+                    states=states[at],
+                    step=step,
+                    total=totals[at],
+                    projections=projections,
+                    pair=projections.pair,
+                )
             )
-            projections.members.append(t.name)
-            homes.append(home)
+            self._refits.add(homes[-1])
         return homes
-
-    def _projections_of(self, trained: Trained, dim: int, dtype: torch.dtype) -> Projections:
-        key, (rows, columns) = _sharing_key(trained, self._settings), trained.parameter.shape
-        if key not in self._projections:
-            with lane_context(self._lanes.device):
-                self._projections[key] = Projections(key, (rows, columns), dim, self._settings, self._lanes, dtype)
-        return self._projections[key]
-
-    def _spread_refits(self) -> None:
-        """Units take turns (shared projectors do), so that no step waits for more than one; a batch serves all."""
-        every = self._settings.refit_every
-        if self._settings.calibration == "batch" or not isinstance(every, int):
-            return
-        turn = {name: place for place, unit in enumerate(self._units) for name in (h.trained.name for h in unit.homes)}
-        for place, projections in enumerate(self._projections.values()):
-            shared = self._settings.share == "type"
-            turns, own = (len(self._projections), place) if shared else (len(self._units), turn[projections.members[0]])
-            projections.offset = own * every // turns
 
     def _waits(self, home: SubspaceHome) -> bool:
         return super()._waits(home) or home.held is not None
@@ -259,10 +205,10 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         with lane_context(self._lanes.device):
             gradient = home.trained.gradient() if home.trained.parameter.grad is not None else None
             if gradient is not None and not home.projections.fitted:
-                self._first_fit(home.projections, gradient)
+                self._refits.first_fit(home.projections, gradient)
             compressed = self._compressed(home)
-            if gradient is not None and self._is_due(home, moment):
-                self._refit(home.projections, gradient)
+            if gradient is not None and self._refits.is_due(home, moment):
+                self._refits.judge(home.projections, gradient)
             return compressed
 
     def _compressed(self, home: SubspaceHome) -> Tensor:
@@ -276,31 +222,10 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         compressed = made.reshape(-1)
         return compressed if held is None else held.add_(compressed)
 
-    def _is_due(self, home: SubspaceHome, moment: Moment) -> bool:
-        at_hand = moment.last and self._settings.calibration == "train"
-        return at_hand and home.projections.is_due(home.trained.name, moment.step)
-
     def _recall(self, home: SubspaceHome) -> None:
         with lane_context(self._lanes.device):
             home.held = self._compressed(home).add_(home.wire.to(self._lanes.device))
         home.trained.parameter.grad = None
-
-    def _first_fit(self, projections: Projections, gradient: Tensor) -> None:
-        """At once: nothing has been made in the random subspace yet."""
-        projections.first_fit(gradient)
-        for name in projections.members:
-            self._home[name].pair = projections.pair
-
-    def _refit(self, projections: Projections, gradient: Tensor) -> None:
-        """New projectors, if these miss too much; in use once the delta under way has been applied."""
-        threshold = self._settings.bias_threshold
-        if not threshold or projections.bias(gradient) > threshold:
-            self._replace(projections, gradient)
-
-    def _replace(self, projections: Projections, gradient: Tensor) -> None:
-        pair = projections.replaced(gradient)
-        for name in projections.members:
-            self._home[name].next = pair
 
     # Without gradients.
 
@@ -327,7 +252,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     def factors_ready(self, trained: Trained, left: Tensor, right: Tensor, moment: Moment) -> None:
         """See ``HostPart.factors_ready``; the gradient is formed where projectors are to be fitted to it."""
         home = self._home[trained.name]
-        if home.projections.fitted and not self._is_due(home, moment):
+        if home.projections.fitted and not self._refits.is_due(home, moment):
             with lane_context(self._lanes.device):
                 made = self._lanes.run(
                     home.like("activations", len(left)),
@@ -342,42 +267,11 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def calibration_due(self, step: int) -> bool:
         """See ``HostPart.calibration_due``."""
-        return self._settings.calibration == "batch" and bool(self._due(step))
+        return self._refits.calibration_due(step)
 
     def calibrations(self, step: int) -> Iterator[Callable[[Trained], None]]:
-        """See ``HostPart.calibrations``: the paper's threshold over all needs a look at all of them first."""
-        due = self._due(step)
-        fitted = {key for key, projections in due.items() if projections.fitted}
-        judged = dict.fromkeys(fitted, math.inf) if self._settings.bias_threshold else {}
-        if judged and self._settings.threshold_over == "all":
-            yield lambda trained: self._with_gradient(trained, step, lambda p, g: judged.update({p.key: p.bias(g)}))
-            if sum(judged.values()) / len(judged) <= self._settings.bias_threshold:
-                return
-            judged.clear()
-
-        def fit(projections: Projections, gradient: Tensor) -> None:
-            if not projections.fitted:
-                self._first_fit(projections, gradient)
-            elif projections.key not in judged or projections.bias(gradient) > self._settings.bias_threshold:
-                self._replace(projections, gradient)
-
-        yield lambda trained: self._with_gradient(trained, step, fit)
-        self._carry_moments_over()
-
-    def _due(self, step: int) -> dict[str, Projections]:
-        return {
-            key: projections
-            for key, projections in self._projections.items()
-            if not projections.fitted or any(projections.is_due(name, step) for name in projections.members)
-        }
-
-    def _with_gradient(self, trained: Trained, step: int, use: Callable[[Projections, Tensor], object]) -> None:
-        if trained.name not in self._home:
-            return
-        projections = self._home[trained.name].projections
-        if not projections.fitted or projections.is_due(trained.name, step):
-            with lane_context(self._lanes.device):
-                use(projections, trained.gradient())
+        """See ``HostPart.calibrations``."""
+        return self._refits.calibrations(step)
 
     # On the host.
 
@@ -417,39 +311,6 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         """Gradient read, states read and written, delta written."""
         moved = home.gradient.element_size() + 8 * len(self._rule.states) + home.wire.element_size()
         return moved + CAST_BYTES * (home.wire.element_size() == 2)
-
-    def _carry_moments_over(self) -> None:
-        """After this step and before the next, moments follow the new projectors."""
-        for projections in self._projections.values():
-            homes = [self._home[name] for name in projections.members]
-            old, new, on_host = homes[0].pair, homes[0].next, projections.on_host
-            if new is None:
-                continue
-            arrived = [on_host.send_down(old, new)] if on_host is not None else []
-            for home in homes:
-                home.transferred = self._lanes.host(
-                    partial(self._transfer, home, on_host),
-                    after=[*arrived, *([home.stepped] if home.stepped is not None else [])],
-                    priority=home.trained.flight.order,
-                    tag="moments",
-                    traffic_bytes=4 * nbytes(home.states.values()),
-                )
-                if not home.under_way:
-                    home.pair, home.next = new, None
-            if on_host is not None:
-                on_host.readers = [home.transferred for home in homes if home.transferred is not None]
-
-    def _transfer(self, home: SubspaceHome, on_host: HostPairs | None) -> None:
-        if on_host is None:
-            self.load_state_of(home.trained, {})
-            return
-        old, new = on_host.both
-        left, right = transition(new.left, old.left), transition(old.right, new.right)
-        rule: Any = self._settings.moments
-        mean, square = (home.states[name].view(new.left.dim, -1) for name in ("exp_avg", "exp_avg_sq"))
-        carried = transfer(mean, square, left, right, rule=rule)
-        mean.copy_(carried[0])
-        square.copy_(carried[1])
 
     # Up.
 
@@ -529,14 +390,6 @@ def _collecting(arrived: Callable[[Trained], None], trained: Trained) -> Callabl
         arrived(trained)
 
     return hook
-
-
-def _sharing_key(trained: Trained, settings: LSPSettings) -> str:
-    """What has projectors of its own: a matrix, or all of one name (below its block) and shape."""
-    if settings.share == "matrix":
-        return trained.name
-    rows, columns = trained.parameter.shape
-    return f"{trained.name.removeprefix(trained.unit.name)} {rows} x {columns}"
 
 
 def _cpu(order: Tensor | None) -> Tensor | None:

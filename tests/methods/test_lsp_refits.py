@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.methods import projections, subspace
+from lightning_offload.methods import projections, refits
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.engine import Engine
 from tests.helpers import VOCAB, WIDTH, Net, Run, lanes_of, train
@@ -135,7 +135,7 @@ def test_units_take_turns(share: str, every: int) -> None:
 @pytest.mark.parametrize("projector", ["learned", "pca", "block"])
 def test_moments_follow_by_the_dense_formula(rule: str, projector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    plain = subspace.SubspaceOptimizer._transfer
+    plain = refits.Refits._transfer
 
     def transfer(self: Any, home: Any, on_host: Any) -> None:
         m, v = (home.states[name].view(9, 9).double() for name in ("exp_avg", "exp_avg_sq"))
@@ -149,7 +149,7 @@ def test_moments_follow_by_the_dense_formula(rule: str, projector: str, monkeypa
         assert home.states["exp_avg_sq"].min() >= 0
         checked.append(home.trained.name)
 
-    monkeypatch.setattr(subspace.SubspaceOptimizer, "_transfer", transfer)
+    monkeypatch.setattr(refits.Refits, "_transfer", transfer)
     train(Net(), lanes_of("inline"), steps=8, method=lsp(projector=projector, moments=rule))
     assert set(checked) == set(projected_names(Net()))
 
