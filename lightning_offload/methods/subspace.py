@@ -343,17 +343,12 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
                     home.pair, home.next = home.next, None
 
     def _apply_one(self, home: SubspaceHome, delta: Tensor) -> None:
-        decay: float | Tensor = home.decay
-        if self._settings.skip_nonfinite:
-            skipped = delta[0, 0].isnan()
-            # fp32, whatever the default dtype is
-            factor = torch.full((), home.decay, dtype=torch.float32, device=delta.device)
-            delta, decay = delta.masked_fill(skipped, 0.0), factor.masked_fill_(skipped, 1.0)
-        weight, noise = home.trained.parameter.detach(), None
+        weight, pair, noise = home.trained.parameter.detach(), home.pair, None
         if self._dtypes.rounding == "stochastic" and weight.dtype == torch.bfloat16:
             seed = seed_for(self._settings.seed, home.trained.name, home.step_made)
             noise = self._noise.manual_seed(seed)
-        apply_(weight, home.pair.left, home.pair.right, delta, decay=decay, scale=home.pair.scale, generator=noise)
+        skip = delta[0, 0].isnan() if self._settings.skip_nonfinite else None
+        apply_(weight, pair.left, pair.right, delta, decay=home.decay, skip=skip, scale=pair.scale, generator=noise)
 
     # State.
 

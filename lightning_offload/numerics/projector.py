@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_offload.numerics.rounding import stochastic_round_
+from lightning_offload.numerics.rounding import dithered
 
 CHUNK_NUMEL = 1 << 22
 """Most elements of a weight that ``apply_`` works on at once (at least one column, in blocks one group of them)."""
@@ -156,7 +156,8 @@ def apply_(
     right: Projector,
     delta: Tensor,
     *,
-    decay: float | Tensor,
+    decay: float,
+    skip: Tensor | None = None,
     scale: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
@@ -167,26 +168,37 @@ def apply_(
         left: P.
         right: Q.
         delta: D (d, d), any floating dtype; holds -lr already.
-        decay: 1 - lr * weight decay; a tensor is 0-dim, fp32, on the weight's device.
+        decay: 1 - lr * weight decay, positive.
+        skip: 0-dim bool, on the weight's device: where true, nothing changes, whatever D holds.
         scale: 0-dim, on the weight's device.
-        generator: on the weight's device; a bf16 weight is then rounded stochastically. None: to nearest.
+        generator: on the weight's device; a bf16 weight is then rounded stochastically, see ``dithered``; decay shrinks
+            the noise too and so takes up to 2^-7 more than it should. None: to nearest.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
-    factor = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=work, device=weight.device)
     turned = delta.new_empty(delta.t().shape, dtype=work).copy_(delta.t())
     if scale is not None:
         turned.mul_(scale)
+    factor: float | Tensor = decay
+    if skip is not None and work == weight.dtype:
+        turned.masked_fill_(skip, 0.0)
+        factor = torch.full((), decay, dtype=work, device=weight.device).masked_fill_(skip, 1.0)
     rows = columns_of(left) if left.order is not None else None
     columns = columns_of(right) if right.order is not None else None
     for span, inner in _chunks(right, max(1, CHUNK_NUMEL // left.rows)):
-        half = _lift(right.values[span], None if columns is None else columns[span], turned[inner])
-        update, target = _lift(left.values, rows, half.t()), weight[:, span]
+        half = _lift(right.values[span], None if columns is None else columns[span], turned[inner]).t()
+        target = weight[:, span]
         if work == weight.dtype:  # rounded twice, as AdamW's kernel does
-            target.mul_(factor).add_(update)
-        elif generator is None:
-            torch.addcmul(update, target, factor, out=target)
+            target.mul_(factor).add_(_lift(left.values, rows, half))
+            continue
+        if generator is None:
+            wide = narrow = target.to(work, memory_format=torch.contiguous_format)
         else:
-            stochastic_round_(target, update.addcmul_(target, factor), generator)
+            wide, narrow = dithered(target, generator)
+        _add_lifted_(wide, left.values, rows, half, decay)
+        if skip is None:
+            target.copy_(narrow)
+        else:
+            torch.where(skip, target, narrow.to(target.dtype), out=target)
 
 
 def matching_scale(left: Projector, right: Projector) -> Tensor:
@@ -281,12 +293,27 @@ def _gather(index: Tensor, values: Tensor, source: Tensor) -> Tensor:
 def _lift(values: Tensor, columns: Tensor | None, y: Tensor) -> Tensor:
     if columns is not None:
         return _gather(columns, values, y)
-    (count, nnz), (dim, n) = values.shape, y.shape
-    values, out = values.to(y.dtype), y.new_empty(count, n)
-    for rows, span, groups in block_spans(count, dim, nnz):
-        blocks = values[rows].view(groups, -1, nnz)
-        torch.bmm(blocks, y[span].unflatten(0, (groups, nnz)), out=out[rows].view(groups, -1, n))
+    out = y.new_empty(len(values), y.shape[1])
+    for rows, blocks, inner in _batches(values, y):
+        torch.bmm(blocks, inner, out=out[rows].view(len(blocks), -1, y.shape[1]))
     return out
+
+
+def _add_lifted_(wide: Tensor, values: Tensor, columns: Tensor | None, y: Tensor, decay: float) -> None:
+    """``wide <- decay wide + P y``; blocks need no tensor for the product."""
+    if columns is not None:
+        torch.add(_gather(columns, values, y), wide, alpha=decay, out=wide)
+        return
+    for rows, blocks, inner in _batches(values, y):
+        wide[rows].view(len(blocks), -1, y.shape[1]).baddbmm_(blocks, inner, beta=decay)
+
+
+def _batches(values: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of P y, and the batched factors that give them."""
+    count, nnz = values.shape
+    values = values.to(y.dtype)
+    for rows, span, groups in block_spans(count, len(y), nnz):
+        yield rows, values[rows].view(groups, -1, nnz), y[span].unflatten(0, (groups, nnz))
 
 
 def _chunks(p: Projector, most: int) -> Iterator[tuple[slice, slice]]:

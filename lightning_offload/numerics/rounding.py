@@ -1,4 +1,4 @@
-"""Stochastic rounding of fp32 to bf16."""
+"""Stochastic rounding to bf16 by dither: the noise is under the weight before anything is added to it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import torch
 from torch import Tensor
 
 
-def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator) -> None:
-    """``target <- source`` up or down at random, so that the expectation is ``source`` exactly.
+def dithered(weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``W + nu`` in fp32, nu uniform in [0, ulp(W)) away from zero, and what its truncation to bf16 will be.
 
-    The upper half of the bits is kept, one more where the lower half exceeds 16 random bits: 20 B of memory traffic
-    per element. Little-endian hosts only.
+    Nothing is rounded: W is the upper half of the bits, the generator gives the lower. Once U is added, the truncation
+    is W' with E[W'] = W + U as fp32 holds it, if no W + nu + U leaves W's binade; without U it is W, always. Else, u
+    and u' being the ulps of W and W', the expectation misses W + U
+
+    - by at most u' - u towards zero where W grows into a higher binade, but by nothing for abs(U) <= u;
+    - by at most u/2 away from zero where W shrinks into a lower one: a power of two moves half as fast for
+      abs(U) <= u/2;
+    - by less than 2^-7 abs(U) where the sign changes or W is zero, for U is then truncated.
+
+    What overflows fp32 is infinite, what only bf16 cannot hold its largest number. An infinite W becomes NaN.
+    Little-endian hosts only.
 
     Args:
-        target: bf16, any strides.
-        source: fp32, contiguous, same shape; destroyed.
+        weight: bf16, any strides.
         generator: on the same device.
+
+    Returns:
+        fp32, contiguous; and a strided bf16 view of its upper halves.
     """
-    assert target.dtype == torch.bfloat16, f"stochastic rounding is for bfloat16, not {target.dtype}"
-    assert source.dtype == torch.float32, f"stochastic rounding is from float32, not {source.dtype}"
-    halves = source.view(torch.int16).unflatten(-1, (-1, 2))
-    lower, upper = halves.unbind(-1)
-    # CUDA writes NaN as 0x7fffffff, which would carry over into -0.0; infinities have a zero lower half. A finite value
-    # beyond the largest bf16 becomes that or infinity, as likely as its place between them says.
-    upper.clamp_(max=0x7FFE)
-    lower.bitwise_xor_(-0x8000)  # unsigned order, in signed numbers
-    words = torch.empty((source.numel() + 1) // 2, dtype=torch.int32, device=source.device)
-    noise = words.random_(-(2**31), 2**31, generator=generator).view(torch.int16)[: source.numel()].view(source.shape)
-    torch.add(upper, lower > noise, out=target.view(torch.int16))
+    assert weight.dtype == torch.bfloat16, f"stochastic rounding is for bfloat16, not {weight.dtype}"
+    wide = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    lower, upper = wide.view(torch.bfloat16).unflatten(-1, (-1, 2)).unbind(-1)
+    upper.copy_(weight)
+    lower.view(torch.int16).random_(-(2**15), 2**15, generator=generator)
+    return wide, upper

@@ -250,10 +250,10 @@ def test_narrow_weights_are_within_one_rounding_of_the_exact_step(projector: str
         dense.update(groups)
         for name in noted:
             after = seen[step + 1][name][0] if step + 1 < len(seen) else ours.weights[name]
-            found, wanted = after.float(), dense.matrices[name].weight.detach()
-            ulp = torch.exp2(torch.floor(torch.log2(wanted.abs().clamp(min=1e-6))) - 7)
+            before, found, wanted = noted[name][0].float(), after.float(), dense.matrices[name].weight.detach()
+            ulp = torch.exp2(torch.floor(torch.log2(wanted.abs().maximum(before.abs()).clamp(min=1e-6))) - 7)
             # S and D cross the link in bf16
-            slack = 0.02 * (wanted - noted[name][0].float()).abs().max()
+            slack = 0.02 * (wanted - before).abs().max()
             assert ((found - wanted).abs() <= ulp + slack).all(), (step, name)
             ups += int((found > wanted).sum())
     total = 6 * sum(w.numel() for w, _ in seen[0].values())

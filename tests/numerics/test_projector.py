@@ -158,12 +158,77 @@ def test_applying_equals_the_dense_update(draw: Draw, nnz: int, shape: tuple[int
     apply_(fp32, left, right, delta, decay=0.9, scale=scale)
     close(fp32, expected)
     nearest, stochastic = before.clone(), before.clone()
-    apply_(nearest, left, right, delta, decay=torch.tensor(0.9), scale=scale)
+    apply_(nearest, left, right, delta, decay=0.9, scale=scale)
     apply_(stochastic, left, right, delta, decay=0.9, scale=scale, generator=seeded())
     assert (nearest != fp32.to(torch.bfloat16)).float().mean() < 1e-3  # on either side of a tie
-    ulp = torch.finfo(torch.bfloat16).eps * expected.abs()
+    ulp = torch.finfo(torch.bfloat16).eps * (expected.abs() + before.abs())  # both, where the sign changes
     assert ((stochastic - expected).abs() <= ulp + 1e-6).all()
     assert not torch.equal(stochastic, nearest)
+
+
+@both_layouts
+def test_the_mean_of_many_applications_is_the_update(draw: Draw) -> None:
+    left, right = pair(draw, 24, 40, 2)
+    size = 1.3 + 0.4 * torch.rand(24, 40, generator=seeded(1))
+    before = (size * (torch.randint(0, 2, size.shape, generator=seeded(3)) * 2 - 1)).to(torch.bfloat16)
+    delta = 0.01 * torch.randn(left.dim, left.dim, generator=seeded(2))
+    expected = before.double() + dense(left) @ delta.double() @ dense(right).t()
+    assert (expected - before).abs().max() > 2 * torch.finfo(torch.bfloat16).eps  # several ulps
+    generator, draws, total = seeded(), 2000, torch.zeros(24, 40, dtype=torch.float64)
+    for _ in range(draws):
+        weight = before.clone()
+        apply_(weight, left, right, delta, decay=1.0, generator=generator)
+        total += weight
+    share = (expected / 2**-7).remainder(1)
+    sigma = 2**-7 * (share * (1 - share) / draws).sqrt()
+    assert ((total / draws - expected).abs() <= 5 * sigma + 1e-6).all()
+
+
+@both_layouts
+def test_a_delta_of_zeros_changes_nothing(draw: Draw) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    before = every[every.isfinite()].view(255, 256)
+    left, right = pair(draw, 255, 256, 8)
+    for seed in range(5):
+        weight = before.clone()
+        apply_(weight, left, right, torch.zeros(left.dim, left.dim), decay=1.0, generator=seeded(seed))
+        assert torch.equal(weight, before)
+
+
+KINDS = [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, 5)]
+
+
+@both_layouts
+@pytest.mark.parametrize(("dtype", "seed"), KINDS)
+def test_what_is_skipped_keeps_its_bits_and_what_is_not_has_the_same(
+    draw: Draw, dtype: torch.dtype, seed: int | None
+) -> None:
+    left, right = pair(draw, 38, 19, 2)
+    before = torch.randn(38, 19, generator=seeded(1)).to(dtype)
+    delta = torch.randn(left.dim, left.dim, generator=seeded(2))
+
+    def applied(delta: Tensor, **skip: Any) -> Tensor:
+        weight = before.clone()
+        generator = None if seed is None else seeded(seed)
+        apply_(weight, left, right, delta, decay=0.9, scale=torch.tensor(2.0), generator=generator, **skip)
+        return weight
+
+    assert torch.equal(applied(torch.full_like(delta, math.nan), skip=torch.tensor(True)), before)
+    assert torch.equal(applied(delta, skip=torch.tensor(False)), applied(delta))
+    assert not torch.equal(applied(delta), before)
+    assert applied(torch.full_like(delta, math.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("skip", [None, torch.tensor(False)])
+def test_applying_to_bf16_moves_18_bytes_per_element_beside_its_factors(skip: Tensor | None) -> None:
+    left, right = (p.to(dtype=torch.bfloat16) for p in pair(draw_block, 512, 768, 8, dim=256))
+    weight, delta, spent = torch.zeros(512, 768, dtype=torch.bfloat16), torch.ones(256, 256, dtype=torch.bfloat16), []
+    with Meter(lambda work: spent.append(work.bytes)):
+        apply_(weight, left, right, delta, decay=0.9, skip=skip, generator=seeded())
+    inner = (2 + 4 + 4) * delta.numel() + 2 * 4 * 768 * 256  # D cast and read, D Q^T written and read
+    factors = (2 + 4 + 4) * 8 * (512 + 768)
+    per_element = 18 if skip is None else 20
+    assert sum(spent) == per_element * weight.numel() + inner + factors + (0 if skip is None else 1)
 
 
 @both_layouts
@@ -199,16 +264,18 @@ def test_memory_to_apply_is_that_of_a_piece(draw: Draw, monkeypatch: pytest.Monk
 
 
 @both_layouts
-def test_autocast_changes_no_bit(draw: Draw) -> None:
+@pytest.mark.parametrize(("dtype", "seed"), KINDS)
+def test_autocast_changes_no_bit(draw: Draw, dtype: torch.dtype, seed: int | None) -> None:
     left, right = pair(draw, 160, 448, 8)
     before = torch.randn(160, 448, generator=seeded(1))
-    inside, outside = before.clone(), before.clone()
-    apply_(outside, left, right, compress(left, right, before), decay=0.9)
+    inside, outside = before.to(dtype), before.to(dtype)
+    generators = [None if seed is None else seeded(seed) for _ in range(2)]
+    apply_(outside, left, right, compress(left, right, before), decay=0.9, generator=generators[0])
     with torch.autocast("cpu", torch.bfloat16):
         found = compress(left, right, before)
         assert found.dtype == torch.float32
         assert compress_activations(left, right, before.t(), torch.ones(448, 448)).dtype == torch.float32
-        apply_(inside, left, right, found, decay=0.9)
+        apply_(inside, left, right, found, decay=0.9, generator=generators[1])
     assert torch.equal(inside, outside)
 
 
@@ -320,6 +387,8 @@ def test_fake_tensors_go_all_the_way(draw: Draw) -> None:
         assert compress_activations(left, right, gradient.new_empty(5, 38), gradient.new_empty(5, 19)).shape == (8, 8)
         assert decompress(left, right, delta).shape == (38, 19)
         for generator in (None, seeded()):
-            apply_(weight, left, right, delta, decay=0.9, scale=matching_scale(left, right), generator=generator)
+            for skip in (None, delta[0, 0].isnan()):
+                scale = matching_scale(left, right)
+                apply_(weight, left, right, delta, decay=0.9, skip=skip, scale=scale, generator=generator)
         steps = transition(left, left), transition(right, right)
         assert transfer(delta.float(), delta.float(), *steps, rule="transfer")[1].shape == (8, 8)
