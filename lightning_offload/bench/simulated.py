@@ -202,8 +202,8 @@ def _matrices(shape: tuple[int, int], count: int, tokens: int, settings: LSPSett
         whole, _ = cost(lambda: grad_output.t() @ inputs)
         compressed, _ = cost(lambda: compress(left, right, weight))
         direct, _ = cost(lambda: compress_activations(left, right, grad_output, inputs))
-        noise = torch.Generator()
-        applied, moved = cost(lambda: apply_(weight, left, right, delta, decay=1.0, generator=noise))
+        noise, skip = torch.Generator(), torch.empty((), dtype=torch.bool)
+        applied, moved = cost(lambda: apply_(weight, left, right, delta, decay=1.0, skip=skip, generator=noise))
     values = {
         "weight_gradient_tflop": whole,
         "compress_tflop": compressed,
