@@ -61,7 +61,8 @@ def _how(cfg: DictConfig) -> dict[str, Any]:
     settings = None
     if OmegaConf.is_config(trainer.strategy):
         given = _plain(trainer.strategy)
-        kind = get_class(given["_target_"]).settings_type
+        strategy: Any = get_class(given["_target_"])
+        kind = strategy.settings_type
         names = {field.name for field in dataclasses.fields(kind)}
         settings = kind(**{name: value for name, value in given.items() if name in names})
     return {
