@@ -230,8 +230,10 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until nothing is in flight: every parameter of the module equals its rounded master."""
-        self.lanes.synchronize()
-        self.arrivals.publish()
+        try:
+            self.lanes.synchronize()
+        finally:
+            self.arrivals.publish()  # after a worker's error too: what has been made is not lost
         self.lanes.synchronize()
 
     def adopt(self) -> None:
@@ -409,11 +411,14 @@ class Engine:
     def _decide(self, clip: Clip | None, present: Sequence[Trained]) -> Verdict:
         """What this step is decided by."""
         verdict = self._own_verdict()
+        if clip is not None and self.steps_early:
+            raise OffloadError(
+                "The step is to be clipped, but its units may step before: attach with `expects_clip=True` "
+                "(`Trainer(gradient_clip_val=...)` from the start)"
+            )
         verdict.clip, verdict.names = clip, [t.name for t in present]
         if self._judge is not None:
             self._judge.decide(verdict, present, [norm for part in self.senders for norm in part.host_norms()])
-        elif verdict.clips_norm:
-            raise OffloadError("The step is to be clipped by norm, but no norms were taken: `expects_clip` is False")
         elif self._tally is not None:
             self._tally.decide(verdict, [t for t in present if self._part_of[id(t)] is self.resident])
         return verdict

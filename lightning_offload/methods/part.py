@@ -154,8 +154,9 @@ class HostPart(ABC, Generic[AnyHome]):
         home = self._home[trained.name]
         if home.late:
             return
-        if home.taken and not self._on_host:
+        if home.taken:
             self._refuse_stepped(home)
+        if home.taken and not self._on_host:
             self._lanes.synchronize()
             self._recall(home)
             home.taken, home.late, home.landed = False, True, []
@@ -344,8 +345,8 @@ class HostPart(ABC, Generic[AnyHome]):
         trained = home.trained
         if self._unit[trained.name].stepped is not None:
             raise OffloadError(
-                f"`{trained.name}` received a second gradient in one step after its update had started. Set "
-                "`skip_nonfinite=True`, or clip gradients, so that updates wait for the end of backward."
+                f"`{trained.name}` received a second gradient in one step after its update had started. Clip gradients "
+                "(under `full_offload` `skip_nonfinite=True` will do), so that updates wait for the end of backward."
             )
 
     # Stepping.

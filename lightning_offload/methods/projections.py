@@ -101,6 +101,7 @@ class Projections:
     Attributes:
         key: Name of the matrix, or of what shares them; decides, with the seed, what is drawn.
         pair: The newest.
+        judged: The same, from a refit to the end of its step: the others are still in use.
         fitted: Whether the newest has seen a gradient, as far as its kind needs one.
         members: The matrices that use it, in the order in which they lend their gradients to a refit.
         offset: Steps by which its refits come after others'.
@@ -124,6 +125,7 @@ class Projections:
         self._dtype = dtype
         self.fitted = settings.projector == "block"
         self.pair = self._draw(0)
+        self.judged: Pair | None = None
         self.on_host = HostPairs(key, self.pair, lanes) if settings.transfers else None
 
     def is_due(self, name: str, step: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -124,9 +123,7 @@ class Refits:
             self._replace(projections, gradient)
 
     def _replace(self, projections: Projections, gradient: Tensor) -> None:
-        pair = projections.replaced(gradient)
-        for name in projections.members:
-            self._homes[name].next = pair
+        projections.judged = projections.replaced(gradient)
 
     def calibration_due(self, step: int) -> bool:
         """See ``HostPart.calibration_due``."""
@@ -134,30 +131,28 @@ class Refits:
 
     def calibrations(self, step: int) -> Iterator[Callable[[Trained], None]]:
         """See ``HostPart.calibrations``: the paper's threshold over all needs a look at all of them first."""
-        due = self._due(step)
-        fitted = {key for key, projections in due.items() if projections.fitted}
-        judged = dict.fromkeys(fitted, math.inf) if self._settings.bias_threshold else {}
-        if judged and self._settings.threshold_over == "all":
-            yield lambda trained: self._with_gradient(trained, step, lambda p, g: judged.update({p.key: p.bias(g)}))
-            if sum(judged.values()) / len(judged) <= self._settings.bias_threshold:
+        judge, threshold = self.judge, self._settings.bias_threshold
+        if threshold and self._settings.threshold_over == "all" and any(p.fitted for p in self._due(step)):
+            biases: list[float] = []
+            yield lambda trained: self._with_gradient(trained, step, lambda p, g: biases.append(p.bias(g)))
+            if sum(biases) <= threshold * len(biases):
                 return
-            judged.clear()
+            judge = self._replace
 
         def fit(projections: Projections, gradient: Tensor) -> None:
-            if not projections.fitted:
-                self.first_fit(projections, gradient)
-            elif projections.key not in judged or projections.bias(gradient) > self._settings.bias_threshold:
-                self._replace(projections, gradient)
+            (judge if projections.fitted else self.first_fit)(projections, gradient)
 
         yield lambda trained: self._with_gradient(trained, step, fit)
         self.carry_moments_over()
 
-    def _due(self, step: int) -> dict[str, Projections]:
-        return {
-            key: projections
-            for key, projections in self._all.items()
-            if not projections.fitted or any(projections.is_due(name, step) for name in projections.members)
-        }
+    def _due(self, step: int) -> list[Projections]:
+        """What has no gradient in the first batch is fitted to its first one of training."""
+        return [
+            projections
+            for projections in self._all.values()
+            if (step == 1 and not projections.fitted)
+            or any(projections.is_due(name, step) for name in projections.members)
+        ]
 
     def _with_gradient(self, trained: Trained, step: int, use: Callable[[Projections, Tensor], object]) -> None:
         if trained.name not in self._homes:
@@ -171,9 +166,10 @@ class Refits:
         """After this step and before the next, moments follow the new projectors."""
         for projections in self._all.values():
             homes = [self._homes[name] for name in projections.members]
-            old, new, on_host = homes[0].pair, homes[0].next, projections.on_host
+            old, new, on_host = homes[0].pair, projections.judged, projections.on_host
             if new is None:
                 continue
+            projections.judged = None
             arrived = [on_host.send_down(old, new)] if on_host is not None else []
             for home in homes:
                 home.transferred = self._lanes.host(
@@ -183,8 +179,10 @@ class Refits:
                     tag="moments",
                     traffic_bytes=4 * nbytes(home.states.values()),
                 )
-                if not home.under_way:
-                    home.pair, home.next = new, None
+                if home.under_way:
+                    home.next = new
+                else:
+                    home.pair = new
             if on_host is not None:
                 on_host.readers = [home.transferred for home in homes if home.transferred is not None]
 

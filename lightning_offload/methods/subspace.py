@@ -90,7 +90,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         super().drop()
         self._sent.clear()
         for home in self._home.values():
-            home.held, home.next, home.projections.pair = None, None, home.pair
+            home.held, home.projections.judged, home.projections.pair = None, None, home.pair
 
     def adopt(self) -> None:
         """See ``Part.adopt``: there is no master, the weight itself is the truth."""
@@ -202,6 +202,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def _payload(self, home: SubspaceHome, moment: Moment) -> Tensor:
         """S; on the way, whether the projectors still serve."""
+        home.trained.flight.land()  # without a forward since the last step its delta still lies on the wire
         with lane_context(self._lanes.device):
             gradient = home.trained.gradient() if home.trained.parameter.grad is not None else None
             if gradient is not None and not home.projections.fitted:
@@ -373,7 +374,9 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
                 f"this run to dim={dim} with nnz={self._settings.nnz}: continue with the settings of the checkpoint."
             )
         left, right = (Projector(saved[side]["values"], dim, saved[side]["order"]) for side in ("left", "right"))
-        home.pair = home.projections.restore(left, right, saved["draws"], fitted=saved["fitted"])
+        if home.projections.members[0] == home.trained.name:  # those that share it follow
+            home.projections.restore(left, right, saved["draws"], fitted=saved["fitted"])
+        home.pair = home.projections.pair
         home.step.copy_(saved["step"])
         for name, tensor in home.states.items():
             tensor.copy_(saved[name].reshape(-1))
