@@ -199,9 +199,10 @@ class LSP:
             self.settings, units, machine, dtypes, accumulates=accumulates, before=before
         )
         if settings.dim == "auto":
-            dim, reason = largest_hidden_dim(linear_weights(module, units), machine, dtypes, settings.tokens)
             if before and "dim" in before:
                 dim, reason = before["dim"], "as in the run that is continued"
+            else:
+                dim, reason = largest_hidden_dim(self._candidates(module, units), machine, dtypes, settings.tokens)
             settings = replace(settings, dim=dim)
             reasons.append(f"dim={dim}: {reason}")
         if settings.seed is None:
@@ -218,26 +219,36 @@ class LSP:
         """See ``Method.claim``: linear weights of blocks that are not tied and not too small for ``nnz`` columns.
 
         Raises:
-            ValueError: There is none, or ``dim`` is larger than one of them.
+            ValueError: There is none, or ``dim`` is larger than one of them, or smaller than ``nnz`` in all.
         """
-        claimed = set()
-        for name, weight in linear_weights(module, units).items():
-            dim = self.settings.dim_of(*weight.shape)
+        settings, claimed = self.settings, set()
+        weights = self._candidates(module, units)
+        for name, weight in weights.items():
+            dim = settings.dim_of(*weight.shape)
             if dim > min(weight.shape):
                 raise ValueError(
                     f"`dim={dim}` is larger than min(m, n)={min(weight.shape)} of `{name}`, which is "
                     f"{tuple(weight.shape)}; pass a fraction (dim=0.5), or at most {min(weight.shape)}"
                 )
-            if dim and weight.requires_grad and weight.numel() >= self.settings.min_numel:
+            if dim:
                 claimed.add(id(weight))
+        if weights and not claimed:
+            raise ValueError(_all_too_small(weights, settings))
         if not claimed:
             raise ValueError(
                 f"method `lsp` found no linear weight to project in {type(module).__name__}: it looks for trained "
                 f"`nn.Linear` (or GPT-2's `Conv1D`) weights in the blocks, not tied, of at least min_numel="
-                f"{self.settings.min_numel:,} elements and nnz={self.settings.nnz} rows and columns. Name the blocks "
-                "(`blocks=[...]`), lower `min_numel`, or use `full_offload`"
+                f"{settings.min_numel:,} elements. Name the blocks (`blocks=[...]`), lower `min_numel`, or use "
+                "`full_offload`"
             )
         return claimed
+
+    def _candidates(self, module: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Parameter]:
+        return {
+            name: weight
+            for name, weight in linear_weights(module, units).items()
+            if weight.requires_grad and weight.numel() >= self.settings.min_numel
+        }
 
     def leaves_frozen(self) -> bool:
         """See ``Method.leaves_frozen``."""
@@ -268,6 +279,18 @@ def linear_weights(module: nn.Module, units: Sequence[Unit]) -> dict[str, nn.Par
         for name, parameter in unit.parameters.items()
         if id(parameter) in linear and owners[id(parameter)] == 1
     }
+
+
+def _all_too_small(weights: Mapping[str, nn.Parameter], settings: LSPSettings) -> str:
+    """Where a fraction ``dim``, given or found by ``"auto"``, leaves every weight fewer columns than ``nnz``."""
+    name = max(weights, key=lambda name: min(weights[name].shape))
+    least, dim, nnz = min(weights[name].shape), settings.dim, settings.nnz
+    columns = int(least * float(dim))
+    ways = [f"nnz={columns}"] * (columns > 0) + [f"dim={nnz} (an integer)"] * (nnz <= least) or ["nnz=1, dim=1"]
+    return (
+        f"`dim={dim}` of min(m, n)={least}, the largest of the linear weights (`{name}`), is {columns} columns, fewer "
+        f"than `nnz={nnz}`; pass {' or '.join(ways)}, or use `full_offload`"
+    )
 
 
 def _check_rule(rule: Rule) -> None:

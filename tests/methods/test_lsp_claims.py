@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 from lightning_offload.memory.blocks import partition
+from lightning_offload.memory.rates import Rates
+from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from tests.helpers import Net
+from tests.planning.machines import cpu
 from tests.projected import projected_names, settings_of
 
 
@@ -89,6 +93,54 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, object], messa
 def test_a_dim_larger_than_a_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`dim=21` is larger than min\(m, n\)=19 of `blocks\.0\.up\.weight`"):
         claimed(Net(), dim=21)
+
+
+def test_what_is_not_projected_anyway_does_not_bound_dim() -> None:
+    """An adapter of 4 x 4: too small, or frozen."""
+    net = Net()
+    net.blocks[1].up = nn.Linear(4, 4, bias=False)
+    others = set(projected_names(Net())) - {"blocks.1.up.weight"}
+    assert claimed(net, min_numel=17) == others
+    with pytest.raises(ValueError, match=r"`dim=9` is larger than min\(m, n\)=4 of `blocks\.1\.up\.weight`"):
+        claimed(net)
+    net.blocks[1].up.requires_grad_(False)
+    assert claimed(net) == others
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dim": 0.25, "nnz": 16},
+            r"`dim=0\.25` of min\(m, n\)=19.*`blocks\.0\.up\.weight`.* is 4 columns, fewer than",
+        ),
+        ({"dim": 0.25, "nnz": 16}, r"`nnz=16`; pass nnz=4 or dim=16 \(an integer\), or use `full_offload`"),
+        ({"dim": 0.25, "nnz": 64}, r"`nnz=64`; pass nnz=4, or use"),
+        ({"dim": 0.03, "nnz": 16}, r"is 0 columns.*pass dim=16 \(an integer\), or use"),
+        ({"dim": 0.03, "nnz": 64}, r"pass nnz=1, dim=1, or use"),
+    ],
+)
+def test_fewer_columns_than_nonzeros_is_said(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        claimed(Net(), **changes)
+
+
+def test_an_auto_dim_of_fewer_columns_than_nonzeros_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_offload.methods.lsp.largest_hidden_dim", lambda *_: (1 / 32, "measured"))
+    net, method = Net(), LSP(settings_of(dim="auto", nnz=8))
+    units = partition(net, None)
+    method.resolve(net, units, cpu(), DTypes(), accumulates=False)
+    with pytest.raises(ValueError, match=r"`dim=0\.03125`.* is 0 columns, fewer than `nnz=8`; pass dim=8"):
+        method.claim(net, units)
+
+
+def test_nothing_is_measured_for_a_dim_that_a_checkpoint_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rates, "cached", lambda *_: pytest.fail("measured"))
+    net, method = Net(), LSP(settings_of(dim="auto"))
+    here, before = replace(cpu(), rates=None), {"dim": 0.25}
+    reasons = method.resolve(net, partition(net, None), here, DTypes(), accumulates=False, before=before)
+    assert method.settings.dim == 0.25
+    assert "dim=0.25: as in the run that is continued" in reasons
 
 
 def test_what_is_set_wins_over_the_preset() -> None:
