@@ -292,7 +292,9 @@ def test_several_backwards_in_a_step_add_up() -> None:
         torch.testing.assert_close(ours.weights[name], weight, rtol=0, atol=2e-6)
 
 
-def test_a_second_gradient_after_an_early_step_is_refused() -> None:
+@pytest.mark.parametrize("accumulate", ["device", "host"])
+@pytest.mark.parametrize("skip_nonfinite", [True, False])
+def test_a_second_gradient_after_an_early_step_is_refused(skip_nonfinite: bool, accumulate: str) -> None:
     class Late(TwiceFired):
         calls = 0
 
@@ -301,7 +303,19 @@ def test_a_second_gradient_after_an_early_step_is_refused() -> None:
             return 1 if Late.calls < 3 else 3
 
     with pytest.raises(OffloadError, match=r"`blocks\.0\.(weight|bias)` received a second gradient"):
-        train(Late(), lanes_of("inline"), method=lsp(skip_nonfinite=False))
+        train(Late(), lanes_of("inline"), method=lsp(skip_nonfinite=skip_nonfinite, accumulate=accumulate))
+
+
+@pytest.mark.parametrize("clip", [Clip(0.05), Clip(0.01, "value")])
+def test_clipping_that_nobody_expected_is_refused(clip: Clip) -> None:
+    """Units have stepped by then."""
+
+    def surprise(engine: Engine) -> None:
+        plain = engine.step
+        engine.step = lambda _=None: plain(clip)  # type: ignore[method-assign]
+
+    with pytest.raises(OffloadError, match=r"to be clipped.*`expects_clip=True`"):
+        train(Net(), lanes_of("inline"), method=lsp(), after_attach=surprise)
 
 
 def test_one_norm_over_all_sums_and_all_other_gradients() -> None:

@@ -175,9 +175,14 @@ def test_an_exception_in_backward_leaves_no_trace(kind: str, at: int, projector:
     assert_equal(hurt.until(12).saved(), plain.until(12).saved())
 
 
-def test_a_dropped_step_without_clipping_changes_no_weight_twice() -> None:
-    """Layer by layer the units that had stepped have stepped; the others have not, and training goes on."""
-    trial = Trial(projector="block", refit_every=1)
+@pytest.mark.parametrize("projector", ["pca", "learned", "block"])
+@pytest.mark.parametrize("share", ["matrix", "type"])
+def test_a_dropped_step_without_clipping_changes_no_weight_twice(projector: str, share: str) -> None:
+    """Layer by layer the units that had stepped have stepped; the others have not, and training goes on.
+
+    No projector has changed, for no moment has followed it.
+    """
+    trial = Trial(projector=projector, refit_every=1, share=share)
     trial.micro_batches = 1
     trial.until(4)
     before = trial.saved()
@@ -191,6 +196,9 @@ def test_a_dropped_step_without_clipping_changes_no_weight_twice() -> None:
         stepped = counts[1] - counts[0]
         assert stepped == int(name.startswith("blocks.1")), name
         assert torch.equal(before["weights"][name], after["weights"][name]) == (not stepped), name
+        pairs = [saved["extras"]["state"][name] for saved in (before, after)]
+        for side in ("left", "right"):
+            assert torch.equal(pairs[0][side]["values"], pairs[1][side]["values"]), name
     trial.until(8)
     assert all(p.isfinite().all() for p in trial.net.parameters())
 
