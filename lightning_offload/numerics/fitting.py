@@ -75,7 +75,7 @@ def fit(
     values = [side.values.to(wide.dtype, copy=True) for side in (left, right)]
     p, q = replace(left, values=values[0]).expanded(), replace(right, values=values[1]).expanded()
     exp_avgs, exp_avg_sqs = ([torch.zeros_like(v) for v in values] for _ in range(2))
-    counts = [torch.zeros((), device=wide.device) for _ in values]
+    counts = [torch.zeros((), dtype=torch.float32, device=wide.device) for _ in values]
     for step in range(steps):
         relative, gradients = error_and_gradients(p, q, wide)
         if reached is not None and step % CHECK_EVERY == 0 and reached(relative):

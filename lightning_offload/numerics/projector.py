@@ -91,11 +91,11 @@ def draw_sparse(
     """
     _check(rows, dim, nnz)
     index = torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32
-    order = torch.stack([torch.randperm(rows, generator=generator).to(index) for _ in range(nnz)])
+    order = torch.stack([torch.randperm(rows, generator=generator, device="cpu").to(index) for _ in range(nnz)])
     if values == "signs":
-        drawn = torch.randint(0, 2, (rows, nnz), generator=generator).mul_(2).sub_(1).to(torch.float32)
+        drawn = torch.randint(0, 2, (rows, nnz), generator=generator, device="cpu").mul_(2).sub_(1).to(torch.float32)
     else:
-        drawn = torch.randn(rows, nnz, generator=generator, dtype=torch.float32)
+        drawn = torch.randn(rows, nnz, generator=generator, dtype=torch.float32, device="cpu")
     return Projector((drawn / math.sqrt(nnz)).to(dtype), dim, order)
 
 
@@ -107,7 +107,7 @@ def draw_block(
     Arguments as for ``draw_sparse``.
     """
     _check(rows, dim, nnz)
-    drawn = torch.randn(rows, nnz, generator=generator, dtype=torch.float32)
+    drawn = torch.randn(rows, nnz, generator=generator, dtype=torch.float32, device="cpu")
     for span, _, groups in block_spans(rows, dim, nnz):
         q, r = torch.linalg.qr(drawn[span].view(groups, -1, nnz))
         signs = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)

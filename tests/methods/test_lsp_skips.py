@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_offload.errors import NonFiniteError
-from lightning_offload.methods.base import Clip, DTypes
+from lightning_offload.methods.base import Clip, DTypes, Verdict
+from lightning_offload.methods.verdict import Tally
 from tests.helpers import Net, Run, adamw, assert_same, lanes_of, train
 from tests.methods.test_lsp import IDENTITY, NARROW, square
 from tests.projected import lsp, projected_names
@@ -111,6 +112,18 @@ def test_without_clipping_others_are_skipped_alone_or_with_the_small_ones(bad: s
         assert torch.equal(ours.weights[name], (two if name in stays else clean).weights[name]), name
         assert not torch.equal(two.weights[name], clean.weights[name]), name
     assert ours.reports[-1].skipped_total == 1
+
+
+def test_a_norm_is_reported_in_fp32_whatever_the_default_dtype_is() -> None:
+    """It may change while a worker counts."""
+    tally = Tally(lanes_of("inline"), 0, max_skips=0)
+    verdict = Verdict(None, True, 1, names=["a", "b"], own_norms={"a": 1.0, "b": 2**-5})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tally.count(verdict, [])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tally.report.grad_norm == pytest.approx((1 + 2**-10) ** 0.5, rel=1e-6)
 
 
 def test_skips_are_counted_in_a_row_and_in_total() -> None:

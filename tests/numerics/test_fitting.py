@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_offload.numerics import fitting
+from lightning_offload.numerics.adam import adam_
 from lightning_offload.numerics.fitting import CHECK_EVERY, Bias, bias, error_and_gradients, fit, pca
 from lightning_offload.numerics.projector import Projector, columns_of, draw_block, draw_sparse
 from tests.numerics.projectors import DRAWS, SHAPES, Draw, dense, pair, seeded
@@ -174,3 +177,24 @@ def test_fake_tensors_go_all_the_way(draw: Draw) -> None:
         fitted = fit(left, right, gradient, steps=11, reached=lambda relative: relative.dim() > 0)
         assert columns_of(fitted[0]).shape == (38, 2)
         assert pca(gradient, 8, 2)[1].values.shape == (19, 2)
+
+
+def test_a_fit_is_the_same_under_any_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused AdamW reads its counts of steps as fp32."""
+    counts: list[Tensor] = []
+
+    def spy(*lists: list[Tensor], **rest: Any) -> None:
+        counts.extend(lists[4])
+        adam_(*lists, **rest)
+
+    sides, gradient = pair(draw_sparse, 38, 19, 2), gradient_like(38, 19)
+    expected = fit(*sides, gradient, steps=3)
+    monkeypatch.setattr(fitting, "adam_", spy)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = fit(*sides, gradient, steps=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {count.dtype for count in counts} == {torch.float32}
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.values, other.values)

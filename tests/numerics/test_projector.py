@@ -315,6 +315,15 @@ def test_permutations_give_adamws_bits(signs: bool, m: int, n: int) -> None:
             torch.testing.assert_close(weight, theirs.data, rtol=1e-6, atol=1e-7)
 
 
+@both_layouts
+def test_projectors_are_drawn_on_the_cpu_whatever_the_default_device_is(draw: Draw) -> None:
+    expected = draw(38, 8, 2, generator=seeded())
+    with torch.device("meta"):
+        found = draw(38, 8, 2, generator=seeded())
+    assert torch.equal(found.values, expected.values)
+    assert expected.order is None or torch.equal(found.order, expected.order)
+
+
 @pytest.mark.parametrize("draw", [*DRAWS, lambda *sizes, **rest: draw_sparse(*sizes, **rest, values="gaussian")])
 def test_the_scale_keeps_the_size_of_an_update(draw: Draw) -> None:
     left, right = pair(draw, 448, 160, 8)
