@@ -15,8 +15,9 @@ from lightning_offload.methods.activations import linear_modules, tap
 from lightning_offload.methods.arrivals import is_compiled
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
+from lightning_offload.methods.dims import host_step_bytes
 from lightning_offload.methods.homes import CHUNK_NUMEL, UnitHomes, chunks, clip_, settle, skips, weight_dtype
-from lightning_offload.methods.part import CAST_BYTES, FactorsArrived, HostPart, form_gradient
+from lightning_offload.methods.part import FactorsArrived, HostPart, form_gradient
 from lightning_offload.methods.projections import HostPairs, seed_for
 from lightning_offload.methods.refits import Refits, SubspaceHome, sharing_key
 from lightning_offload.methods.rules import Rule
@@ -309,9 +310,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
             home.wire[part].copy_(delta)
 
     def _step_bytes(self, home: SubspaceHome) -> int:
-        """Gradient read, states read and written, delta written."""
-        moved = home.gradient.element_size() + 8 * len(self._rule.states) + home.wire.element_size()
-        return moved + CAST_BYTES * (home.wire.element_size() == 2)
+        return host_step_bytes(home.gradient.element_size(), home.wire.element_size())
 
     # Up.
 

@@ -15,7 +15,7 @@ from lightning_offload.memory.rates import Rates
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from tests.helpers import Net
-from tests.planning.machines import cpu
+from tests.planning.machines import cpu, gpu
 from tests.projected import projected_names, settings_of
 
 
@@ -137,7 +137,7 @@ def test_an_auto_dim_of_fewer_columns_than_nonzeros_is_said(monkeypatch: pytest.
 def test_nothing_is_measured_for_a_dim_that_a_checkpoint_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rates, "cached", lambda *_: pytest.fail("measured"))
     net, method = Net(), LSP(settings_of(dim="auto"))
-    here, before = replace(cpu(), rates=None), {"dim": 0.25}
+    here, before = replace(gpu(), rates=None), {"dim": 0.25}
     reasons = method.resolve(net, partition(net, None), here, DTypes(), accumulates=False, before=before)
     assert method.settings.dim == 0.25
     assert "dim=0.25: as in the run that is continued" in reasons
