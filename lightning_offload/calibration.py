@@ -115,6 +115,7 @@ def _unseen(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     loggers = list(trainer.loggers)
     with ExitStack() as stack:
+        stack.callback(_put_back, buffers)
         stack.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [DummyLogger() for _ in loggers]
         for part in module.modules():
@@ -122,9 +123,12 @@ def _unseen(trainer: Trainer, module: LightningModule) -> Iterator[None]:
                 stack.callback(_restore, part, name, vars(part).get(name, _restore))
                 object.__setattr__(part, name, silent)
         yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+
+
+@torch.no_grad()
+def _put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def _silenced(part: nn.Module) -> dict[str, Callable[..., Any]]:

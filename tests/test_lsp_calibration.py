@@ -66,6 +66,22 @@ def test_nothing_leaks_but_projectors(tmp_path: Path, monkeypatch: pytest.Monkey
     assert logged["without"] == logged["with"]
 
 
+def test_nothing_leaks_from_a_calibration_that_fails() -> None:
+    class Fails(Counts):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            super().training_step(batch, batch_idx)
+            raise RuntimeError("a bad batch")
+
+    module = Fails()
+    before = [buffer.clone() for buffer in module.buffers()]
+    with pytest.raises(RuntimeError, match="a bad batch"):
+        fit(module, lsp(**BATCH, calibration_dataloader=batches()))
+    assert module.calls == 1
+    assert before
+    assert all(torch.equal(buffer, kept) for buffer, kept in zip(module.buffers(), before, strict=True))
+    assert "log" not in vars(module)
+
+
 def _twice(backward: Any, engine: Engine) -> None:
     """As where all are judged together; what the gradients are used for is tested elsewhere."""
     kept = [(p, p.grad) for p in engine.module.parameters()]
