@@ -212,7 +212,13 @@ def matching_scale(left: Projector, right: Projector) -> Tensor:
 
 
 def transition(new: Projector, old: Projector) -> Tensor:
-    """P_new^T P_old, dense (d_new, d_old) fp32, on the projectors' device; reproducible on the CPU."""
+    """P_new^T P_old, fp32, on the projectors' device; reproducible on the CPU.
+
+    Returns:
+        (d_new, d_old), or of block-diagonal projectors with the same groups its blocks alone, (d / r, r, r).
+    """
+    if new.order is None and old.order is None and (new.dim, new.nnz) == (old.dim, old.nnz):
+        return project(new, old.values.float()).unflatten(0, (-1, new.nnz))
     index = columns_of(new).unsqueeze(2) * old.dim + columns_of(old).unsqueeze(1)
     products = new.values.float().unsqueeze(2) * old.values.float().unsqueeze(1)
     out = products.new_zeros(new.dim * old.dim)
@@ -230,14 +236,14 @@ def transfer(
     Args:
         exp_avg: M (d_old, d_old), fp32.
         exp_avg_sq: V, same shape, not negative.
-        left: A = P_new^T P_old.
-        right: C = Q_old^T Q_new.
+        left: A = P_new^T P_old, as ``transition`` gives it: blocks are never made dense.
+        right: C = Q_old^T Q_new, likewise.
         rule: see above.
     """
-    rows, columns = left.square(), right.square()
-    if rule == "transfer":
-        rows, columns = _averaging(rows), _averaging(columns.t()).t()
-    return left @ exp_avg @ right, rows @ exp_avg_sq @ columns
+    times = _average if rule == "transfer" else _times
+    right = right.mT
+    mean, square = _times(left, exp_avg), times(left.square(), exp_avg_sq)
+    return _times(right, mean.t()).t(), times(right.square(), square.t()).t()
 
 
 def columns_of(p: Projector) -> Tensor:
@@ -333,7 +339,13 @@ def _chunks(p: Projector, most: int) -> Iterator[tuple[slice, slice]]:
                 yield slice(start, min(start + most, stop)), inner
 
 
-def _averaging(weights: Tensor) -> Tensor:
-    """Rows that sum to 1; a row of (almost) nothing becomes the mean."""
-    total = weights.sum(1, keepdim=True)
-    return torch.where(total > _OVERLAP, weights / total.clamp(min=_OVERLAP), 1 / weights.shape[1])
+def _times(a: Tensor, x: Tensor) -> Tensor:
+    """A x, A dense or in blocks."""
+    return a @ x if a.dim() == 2 else torch.bmm(a, x.unflatten(0, (len(a), -1))).flatten(0, 1)
+
+
+def _average(weights: Tensor, x: Tensor) -> Tensor:
+    """Averages of rows of x; weights of (almost) nothing give the mean of all."""
+    total = weights.sum(-1, keepdim=True)
+    averages = _times(weights / total.clamp(min=_OVERLAP), x)
+    return torch.where(total.view(-1, 1) > _OVERLAP, averages, x.mean(0))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_offload.methods.meter import Meter
 from lightning_offload.numerics import projector as module
@@ -371,6 +372,29 @@ def test_moments_against_the_formulas(draw: Draw) -> None:
         torch.testing.assert_close(new_v.double(), expected, rtol=1e-4, atol=1e-6)
         assert new_v.min() >= 0
     assert v.min() * 0.999 <= new_v.min() <= new_v.max() <= v.max() * 1.001  # transfer averages
+
+
+@pytest.mark.parametrize("rule", ["transfer", "paper"])
+@pytest.mark.parametrize(("m", "n"), [(40, 60), (38, 61)])
+def test_between_blocks_moments_follow_block_by_block(rule: Any, m: int, n: int) -> None:
+    """With equal and unequal groups, and directions that the old blocks miss; d^2 r products instead of d^3."""
+    (p, q), (p_new, q_new) = (pair(draw_block, m, n, 4, seed=seed, dim=20) for seed in (1, 2))
+    p_new.values[:8, 1] = 0
+    q_new.values[:, 3] = 0
+    mean, square = moments(20)
+    left, right = transition(p_new, p), transition(q, q_new)
+    with FlopCounterMode(display=False) as counter:
+        new_mean, new_square = transfer(mean, square, left, right, rule=rule)
+    assert counter.get_total_flops() == 4 * 2 * 20**2 * 4
+    a, c = dense(p_new).t() @ dense(p), dense(q).t() @ dense(q_new)
+    torch.testing.assert_close(torch.block_diag(*left).double(), a, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.block_diag(*right).double(), c, rtol=1e-4, atol=1e-6)
+    rows, columns = a.square(), c.square()
+    if rule == "transfer":
+        rows = torch.where(rows.sum(1, keepdim=True) > 0, rows / rows.sum(1, keepdim=True), 1 / 20)
+        columns = torch.where(columns.sum(0) > 0, columns / columns.sum(0), 1 / 20)
+    torch.testing.assert_close(new_mean.double(), a @ mean.double() @ c, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(new_square.double(), rows @ square.double() @ columns, rtol=1e-4, atol=1e-6)
 
 
 def test_a_direction_never_seen_gets_the_mean() -> None:
