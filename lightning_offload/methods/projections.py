@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.lanes import Event, Lanes
 from lightning_offload.numerics.fitting import bias, fit, pca
 from lightning_offload.numerics.projector import Projector, draw_block, draw_sparse, matching_scale
@@ -146,12 +147,25 @@ class Projections:
 
     def replaced(self, gradient: Tensor) -> Pair:
         """A new pair, drawn afresh and fitted to ``gradient`` (m, n)."""
-        drawn = self._draw(self.pair.draws)
+        if self._settings.projector == "pca":  # starts from nothing
+            drawn = replace(self.pair, draws=self.pair.draws + 1)
+        else:
+            drawn = self._draw(self.pair.draws)
         self.pair = drawn if self._settings.projector == "block" else self._fit(drawn, gradient)
         return self.pair
 
-    def restore(self, left: Projector, right: Projector, draws: int, *, fitted: bool) -> Pair:
-        """Go on with a checkpoint's."""
+    def restore(self, left: Projector, right: Projector, draws: int, *, kind: str, fitted: bool) -> Pair:
+        """Go on with a checkpoint's.
+
+        Raises:
+            CheckpointError: They are of another kind.
+        """
+        if kind != self._settings.projector:
+            raise CheckpointError(
+                f"The checkpoint has projected `{self.members[0]}` with projector={kind!r}, this run has "
+                f"projector={self._settings.projector!r}: continue with the setting of the checkpoint, or load the "
+                "weights alone (`load_from_checkpoint`)."
+            )
         self.pair, self.fitted = self._made(left, right, draws), fitted
         return self.pair
 

@@ -356,6 +356,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         dim, pair = home.pair.left.dim, home.pair
         return {
             "dim": dim,
+            "projector": self._settings.projector,
             "draws": home.projections.pair.draws,
             "fitted": home.projections.fitted,
             "left": {"values": pair.left.values.cpu(), "order": _cpu(pair.left.order)},
@@ -374,7 +375,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
             )
         left, right = (Projector(saved[side]["values"], dim, saved[side]["order"]) for side in ("left", "right"))
         if home.projections.members[0] == home.trained.name:  # those that share it follow
-            home.projections.restore(left, right, saved["draws"], fitted=saved["fitted"])
+            home.projections.restore(left, right, saved["draws"], kind=saved["projector"], fitted=saved["fitted"])
         home.pair = home.projections.pair
         home.step.copy_(saved["step"])
         for name, tensor in home.states.items():

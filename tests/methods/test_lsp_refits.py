@@ -55,6 +55,15 @@ def test_threshold_0_always_refits_and_an_infinite_one_never(projector: str, mon
     assert looked == len(asked)
 
 
+def test_principal_directions_draw_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    plain = projections.draw_block
+    monkeypatch.setattr(projections, "draw_block", lambda *args, **rest: drawn.append(1) or plain(*args, **rest))
+    run = train(Net(), lanes_of("inline"), steps=13, method=lsp(projector="pca", refit_every=3))
+    assert len(drawn) == 2 * len(projected_names(Net()))  # place holders of both sides
+    assert min(draws(run).values()) >= 4
+
+
 def test_each_matrix_is_judged_by_its_own_bias() -> None:
     """A threshold between the biases of two matrices: one is replaced, one stays, as the dense bias says."""
     settings = settings_of(projector="block", refit_every=1, bias_threshold=1.9)

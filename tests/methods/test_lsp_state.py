@@ -216,6 +216,18 @@ def test_a_checkpoint_of_other_projectors_is_refused(changes: dict[str, Any], me
         Trial(**changes).resumed(saved)
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("learned", "pca"), ("pca", "learned"), ("block", "pca"), ("pca", "block"), ("block", "learned")],
+)
+def test_a_checkpoint_of_another_kind_of_projectors_is_refused(before: str, now: str) -> None:
+    """Two of them are laid out alike, and a refit between the others would not fit."""
+    saved = Trial(projector=before).until(2).saved()
+    message = rf"`blocks\.0\.up\.weight` with projector='{before}', this run has projector='{now}'"
+    with pytest.raises(CheckpointError, match=message):
+        Trial(projector=now).resumed(saved)
+
+
 def test_a_checkpoint_without_a_projected_weight_is_refused() -> None:
     saved = Trial().until(2).saved()
     del saved["extras"]["state"]["blocks.1.down.weight"]
