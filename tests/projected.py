@@ -161,7 +161,8 @@ class Matrix:
 
     def carry_over(self, new: tuple[Tensor, Tensor]) -> None:
         rule = self.shared.settings.moments
-        if rule == "reset" or not self.state:
+        anew = rule == "reset" or (rule, self.shared.settings.projector) == ("transfer", "block")
+        if anew or not self.state:
             self.optimizer.state.clear()
             return
         (p, q), m, v = self.shared.pair, self.state["exp_avg"], self.state["exp_avg_sq"]

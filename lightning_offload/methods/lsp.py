@@ -75,7 +75,8 @@ class LSPSettings(GradientSettings):
         threshold_over: Whether each ``"matrix"`` is judged by itself, or the mean over ``"all"``, as in the paper.
         calibration: Gradients that projectors are fitted to: ``"train"`` is the one at hand, ``"batch"`` that of a
             batch of ``calibration_dataloader``.
-        moments: At a refit: ``"transfer"`` (into the new subspace, sqrt(V) keeps its scale), ``"paper"``, ``"reset"``.
+        moments: At a refit: ``"transfer"`` (into the new subspace, sqrt(V) keeps its scale; a random one, ``"block"``,
+            starts anew), ``"paper"`` or ``"reset"``.
         scale: ``"match"`` gives an update the size that AdamW's has; ``"none"`` is the paper.
         preset: ``None``, or ``"paper"``: the paper's choices of the above.
         dim: d, an integer or a fraction of min(m, n) rounded down to a multiple of ``nnz``; ``"auto"`` is the largest
@@ -151,7 +152,8 @@ class LSPSettings(GradientSettings):
     @property
     def transfers(self) -> bool:
         """Whether moments are ever carried over into a new subspace."""
-        return self.moments != "reset" and isinstance(self.refit_every, int)
+        anew = self.moments == "reset" or (self.moments == "transfer" and self.projector == "block")
+        return not anew and isinstance(self.refit_every, int)
 
     def dim_of(self, rows: int, columns: int) -> int:
         """D of a weight of this shape; 0 where it is too small to be projected."""

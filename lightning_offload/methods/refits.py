@@ -174,7 +174,7 @@ class Refits:
             for home in homes:
                 home.transferred = self._lanes.host(
                     partial(self._transfer, home, on_host),
-                    after=[*arrived, *([home.stepped] if home.stepped is not None else [])],
+                    after=[*arrived, *(event for event in (home.stepped, home.transferred) if event is not None)],
                     priority=home.trained.flight.order,
                     tag="moments",
                     traffic_bytes=4 * nbytes(home.states.values()),

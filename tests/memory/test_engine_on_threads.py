@@ -195,7 +195,7 @@ def test_lsp_has_the_bits_of_inline(form: str, accumulate: str, clip: Clip | Non
     module = Net(depth=5, dropout=0.1, tied=True)
     common = {"steps": STEPS, "micro_batches": 2, "clip": clip}
     for dtypes in (DTypes(), DTypes(compute=torch.bfloat16, rounding="stochastic")):
-        method = {**changes, "projector": "block", "min_numel": 60}
+        method = {**changes, "projector": "block", "moments": "paper", "min_numel": 60}
         expected = train(module, lanes_of("inline"), method=lsp(**method), dtypes=dtypes, **common)
         assert_projected(expected, module, steps=STEPS)
         for seed in range(2):

@@ -140,8 +140,10 @@ def test_units_take_turns(share: str, every: int) -> None:
         assert {later - earlier for earlier, later in itertools.pairwise(at)} == {every}, name
 
 
-@pytest.mark.parametrize("rule", ["transfer", "paper"])
-@pytest.mark.parametrize("projector", ["learned", "pca", "block"])
+@pytest.mark.parametrize(
+    ("projector", "rule"),
+    [("learned", "transfer"), ("pca", "transfer"), ("learned", "paper"), ("pca", "paper"), ("block", "paper")],
+)
 def test_moments_follow_by_the_dense_formula(rule: str, projector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     plain = refits.Refits._transfer
@@ -163,8 +165,11 @@ def test_moments_follow_by_the_dense_formula(rule: str, projector: str, monkeypa
     assert set(checked) == set(projected_names(Net()))
 
 
-def test_reset_starts_moments_and_their_count_anew() -> None:
-    run = train(Net(), lanes_of("inline"), steps=5, method=lsp(moments="reset", refit_every=4))
+@pytest.mark.parametrize("anew", [{"moments": "reset"}, {"projector": "block"}])
+def test_moments_and_their_count_start_anew(anew: dict[str, Any]) -> None:
+    """Where asked for, and by default in a subspace that is random."""
+    run = train(Net(), lanes_of("inline"), steps=5, method=lsp(**anew, refit_every=4))
+    assert run.engine.lanes.ledger.moved("d2h", "projectors") == 0
     counts = {name: int(extra["step"]) for name, extra in run.engine.own.extras().items()}
     of_unit = [{counts[f"blocks.{unit}.{part}.weight"] for part in ("up", "down")} for unit in range(3)]
     assert of_unit == [{0}, {5}, {5}]  # replaced in step 5, whose own step came before

@@ -32,7 +32,7 @@ def scenario(
             micro_batches=micro_batches,
             clip=Clip(0.05) if clip else None,
             dtypes=dtypes,
-            method=lsp(**{"projector": "block", "refit_every": 1, "min_numel": 60, **settings}),
+            method=lsp(**{"projector": "block", "moments": "paper", "refit_every": 1, "min_numel": 60, **settings}),
         )
 
     return run
