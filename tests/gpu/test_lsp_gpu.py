@@ -17,7 +17,7 @@ from tests.gpu.test_full_gpu import STEPS, Case, adamw, cuda, device, one_step
 
 __all__ = ["device"]  # a fixture
 CASES = [
-    (Case(narrow=True), {"projector": "block"}),
+    (Case(narrow=True), {"projector": "block", "moments": "paper"}),
     (Case(narrow=True, micro_batches=3, accumulate="host"), {"projector": "learned", "form": "activations"}),
     (Case(clip="norm", tied=True), {"projector": "learned", "others": "adamw"}),
     (Case(clip="norm", narrow=True, micro_batches=3), {"projector": "pca", "share": "type"}),
