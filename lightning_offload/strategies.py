@@ -196,8 +196,8 @@ class LSPOffloadStrategy(OneDevice):
         threshold_over: Whether each ``"matrix"`` (the default) is judged by itself, or the mean over ``"all"``.
         calibration: Projectors are fitted to the gradients of training (``"train"``, the default) or to those of
             ``calibration_dataloader`` (``"batch"``).
-        moments: At a refit: ``"transfer"`` (the default: into the new subspace; a random one, ``"block"``, starts anew),
-            ``"paper"`` or ``"reset"``.
+        moments: At a refit: ``"transfer"`` (into the new subspace, the default; a random one, ``"block"``, starts
+            anew), ``"paper"`` or ``"reset"``.
         scale: ``"match"`` (an update has the size of AdamW's, the default) or ``"none"``.
         preset: ``"paper"`` changes the defaults above to the paper's choices; what is given wins.
         dim: d, an integer or a fraction of min(m, n); ``"auto"`` is the largest that hides under backward here.
