@@ -218,7 +218,7 @@ def transition(new: Projector, old: Projector) -> Tensor:
         (d_new, d_old), or of block-diagonal projectors with the same groups its blocks alone, (d / r, r, r).
     """
     if new.order is None and old.order is None and (new.dim, new.nnz) == (old.dim, old.nnz):
-        return project(new, old.values.float()).unflatten(0, (-1, new.nnz))
+        return project(new, old.values.float()).view(-1, new.nnz, new.nnz)
     index = columns_of(new).unsqueeze(2) * old.dim + columns_of(old).unsqueeze(1)
     products = new.values.float().unsqueeze(2) * old.values.float().unsqueeze(1)
     out = products.new_zeros(new.dim * old.dim)
