@@ -53,6 +53,7 @@ SCENARIOS = [
     scenario(lambda: Net(depth=5), min_numel=0),
     scenario(unused, micro_batches=1),
     scenario(unused, micro_batches=1, share="type"),
+    scenario(unused, micro_batches=1, share="type", moments="reset"),
     scenario(share="type", moments="reset"),
     scenario(lambda: Net(depth=5), form="activations"),
 ]
