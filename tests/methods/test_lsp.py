@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_identity_is_adamw(row: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(300))
 def test_identity_is_adamw_on_random_rows(index: int) -> None:
-    product = itertools.islice(itertools.product(*SAME_BITS.values()), index * 9973 % 1_399_680, None)
+    rows = math.prod(map(len, SAME_BITS.values()))
+    product = itertools.islice(itertools.product(*SAME_BITS.values()), index * 9973 % rows, None)
     _, plain, ours = run_identity(dict(zip(SAME_BITS, next(product), strict=True)), seed=index)
     same_weights(plain, ours)
 
