@@ -82,7 +82,7 @@ ALL_MACHINES = simulated.machines()
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The models and texts of all sections, that small; one machine to plan for, and none to measure."""
     monkeypatch.chdir(tmp_path)
-    noise = torch.randint(VOCAB, (2, 16))
+    noise = torch.randint(VOCAB, (quality_runs.CALIBRATION + 2, 16))
     monkeypatch.setattr(quality_runs, "read_text", lambda length, gsm8k: quality_runs.Text(noise, noise, noise))
     monkeypatch.setattr(sections, "SMALL", TINY)
     monkeypatch.setattr(sections, "shape", lambda name: TINY)

@@ -297,3 +297,13 @@ def test_processes_share_the_arms_and_texts(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_there_is_not_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QualitySettings(**settings)
+
+
+def test_a_text_that_calibration_uses_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.zeros(quality_runs.CALIBRATION, 16, dtype=torch.int64)
+    monkeypatch.setattr(quality_runs, "read_text", lambda length, gsm8k: quality_runs.Text(noise, noise, noise))
+    run = quality_runs.Run(
+        arm="adamw", settings={}, rate=1e-3, seed=0, steps=1, batch=1, length=16, held_out_tokens=64, split="val"
+    )
+    with pytest.raises(CannotRun, match=r"16 sequences that are kept for calibration"):
+        quality_runs.train(run)

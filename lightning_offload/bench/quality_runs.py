@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_offload.bench.measure import CannotRun
 from lightning_offload.bench.quality_arms import QUALITY_ARMS
 from lightning_offload.errors import NonFiniteError
 from lightning_offload.text import TINY_PATH, load_corpus
@@ -172,6 +173,8 @@ def train(run: Run) -> Result:
 
 def _batches(sequences: Tensor, run: Run) -> Iterator[Tensor]:
     """Every step its own sequences, in an order drawn by the seed; what there is comes again when it is used up."""
+    if not len(sequences) and run.steps:
+        raise CannotRun(f"the text has no more than the {CALIBRATION} sequences that are kept for calibration")
     generator = torch.Generator().manual_seed(run.seed)
     wanted, order = run.steps * run.batch, torch.empty(0, dtype=torch.int64)
     while len(order) < wanted:
