@@ -388,4 +388,4 @@ def test_conf_shows_every_setting_with_its_default() -> None:
 
 
 def test_each_arm_has_a_name_of_its_own() -> None:
-    assert len({arm.name for arm in ARMS}) == len(ARMS) == 2 + len(arms.PEERS)
+    assert len({arm.name for arm in ARMS}) == len(ARMS) == 1 + len(arms.METHODS) + len(arms.PEERS)

@@ -200,7 +200,7 @@ def test_gain_is_the_share_of_what_the_base_gains() -> None:
 @pytest.mark.parametrize("arm", ["lora_device", "lora_total", "galore_device", "galore_total"])
 def test_a_competitor_has_the_memory_of_lsp(arm: str) -> None:
     _installed(arm)
-    ours, theirs = (_fitted(name)[1] for name in ("lsp_block", arm))
+    ours, theirs = (_fitted(name)[1] for name in ("lsp_pca", arm))
     memory = ours.device_bytes + (ours.host_bytes if arm.endswith("total") else 0)
     rank = QUALITY_ARMS[arm].settings["rank"]
     assert memory <= theirs.device_bytes < memory * (rank + 1) / (rank - 1)

@@ -189,8 +189,8 @@ def _lsp_arm(note: str, *, base: str = "adamw", **settings: Any) -> QualityArm:
 
 
 DEVICE, BOTH = (
-    "the device bytes of lsp_block, or just above",
-    "device bytes as lsp_block's on device and host, or above",
+    "the device bytes of lsp_pca, or just above",
+    "device bytes as lsp_pca's on device and host, or above",
 )
 
 QUALITY_ARMS: Mapping[str, QualityArm] = {
