@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_offload.memory.arena import HostMemory
+from lightning_offload.memory.arena import LARGE_BYTES, HostMemory
 from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.cuda import cuda_lanes
@@ -60,6 +61,8 @@ def attach(
         uses: What a plan has found out about the forward.
     """
     asked = method.settings
+    if 16 * sum(p.numel() for p in module.parameters()) >= LARGE_BYTES:
+        gc.collect()  # a Trainer is a reference cycle: what an earlier one held counts as available
     machine = Machine.detect(device).capped(device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes)
     units = partition(module, asked.blocks)
     reasons = method.resolve(

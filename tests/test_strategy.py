@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pickle
 import subprocess
 import sys
+import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.strategies import STRATEGIES, OneDevice
 from tests.helpers import adamw
-from tests.lit import Lit, Manual, assert_equal_modules, fit, offload, trainer
+from tests.lit import Lit, Manual, assert_equal_modules, fit, lsp, offload, shuffled, shuffled_lsp, trainer
 
 
 def test_the_name_is_registered_by_the_import_and_registering_twice_is_harmless() -> None:
@@ -368,6 +370,45 @@ def test_too_little_host_memory_is_said_before_anything_is_allocated(monkeypatch
         fit(Lit(), strategy)
     with pytest.warns(UserWarning, match="GiB"):
         fit(Lit(), offload(on_misfit="warn"))
+
+
+def test_what_an_earlier_trainer_held_is_available_to_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody refers to it any more, but its Trainer is a reference cycle."""
+    earlier = offload()
+    fit(Lit(), earlier)
+    held, real, seen = weakref.ref(earlier.engine), Machine.detect.__func__, []
+
+    def detect(cls: type[Machine], device: Any = "cpu") -> Machine:
+        seen.append(held() is not None)
+        return real(cls, device)
+
+    monkeypatch.setattr(Machine, "detect", classmethod(detect))
+    monkeypatch.setattr(attaching, "LARGE_BYTES", 0)
+    del earlier
+    fit(Lit(), offload())
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("make", [offload, shuffled, lsp, shuffled_lsp])
+def test_another_fit_on_a_trainer_gives_back_what_the_last_one_held_before_it_maps_its_own(make: Any) -> None:
+    """By reference count alone: an engine that is closed is in no cycle."""
+    strategy = make()
+    run = fit(Lit(), strategy)
+    held = [weakref.ref(part) for part in (strategy.engine, *strategy.engine.parts)]
+    make_lanes, alive = strategy._make_lanes, []
+
+    def lanes(*arguments: Any) -> Any:
+        alive.append(sum(part() is not None for part in held))
+        return make_lanes(*arguments)
+
+    strategy._make_lanes = lanes
+    gc.disable()
+    try:
+        run.fit(Lit())
+    finally:
+        gc.enable()
+    assert alive == [0]
 
 
 class NanLit(Lit):

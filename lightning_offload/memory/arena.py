@@ -11,6 +11,7 @@ memory has them only where the administrator turned them on for tmpfs, and in-pl
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import warnings
 import weakref
@@ -26,6 +27,8 @@ from lightning_offload.errors import HostMemoryError
 from lightning_offload.memory.budget import GIB, Machine
 
 ALIGN_BYTES = 256
+LARGE_BYTES = GIB
+"""From here on it matters that what earlier runs held is given back first; a collection takes tenths of a second."""
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of this process
 
 
@@ -136,20 +139,18 @@ class HostMemory:
     def region(self, name: str, nbytes: int, *, pinned: bool) -> Region:
         """Maps a region of exactly ``nbytes``, zeroed, and pins it where ``pinned`` and the machine allow.
 
+        A Trainer is a reference cycle, so what an earlier run held may still be mapped: it is collected once before
+        this memory becomes large, because a system that overcommits refuses nothing, and where the system refuses.
+
         Raises:
             HostMemoryError: The system refuses the mapping, or it goes beyond the cap; nothing is allocated.
         """
         assert name not in self._regions, f"two regions are called {name!r}"
-        self._check_cap(name, aligned(nbytes, mmap.PAGESIZE))
-        try:
-            region = Region(name, nbytes)
-        except OSError as error:
-            held = self.report().allocated_bytes
-            raise HostMemoryError(
-                f"the system refuses {nbytes / GIB:.2f} GiB of host memory for {name!r}, beside {held / GIB:.2f} GiB "
-                f"held already ({error}); use a smaller model, or raise the limit (ulimit -v, vm.overcommit_memory)"
-            ) from error
-        self._regions[name] = region
+        held = self.report().allocated_bytes
+        self._check_cap(name, held, aligned(nbytes, mmap.PAGESIZE))
+        if held < LARGE_BYTES <= held + nbytes:
+            gc.collect()
+        self._regions[name] = region = _map(name, nbytes, held)
         if pinned and nbytes and self._pins is not None:
             self._pin(region, self._pins)
         return region
@@ -173,8 +174,7 @@ class HostMemory:
             region.pinned = False
         self._regions.clear()
 
-    def _check_cap(self, name: str, nbytes: int) -> None:
-        held = self.report().allocated_bytes
+    def _check_cap(self, name: str, held: int, nbytes: int) -> None:
         if self._cap_bytes is not None and held + nbytes > self._cap_bytes:
             raise HostMemoryError(
                 f"{name!r} needs {nbytes / GIB:.2f} GiB of host memory beside {held / GIB:.2f} GiB held already, but "
@@ -203,6 +203,20 @@ class HostMemory:
             f"{reason}. What does not fit stays pageable: same results, slower copies (pin_memory=False asks for none)",
             stacklevel=4,
         )
+
+
+def _map(name: str, nbytes: int, held: int) -> Region:
+    with contextlib.suppress(OSError):
+        return Region(name, nbytes)
+    gc.collect()
+    try:
+        return Region(name, nbytes)
+    except OSError as error:
+        raise HostMemoryError(
+            f"the system refuses {nbytes / GIB:.2f} GiB of host memory for {name!r}, beside {held / GIB:.2f} GiB held "
+            f"already ({error}); use a smaller model, or raise the limit (ulimit -v, vm.overcommit_memory, "
+            "vm.max_map_count)"
+        ) from error
 
 
 class _Pins:

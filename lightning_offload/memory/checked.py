@@ -259,6 +259,14 @@ class _Queued(Event):
     def ready(self) -> bool:
         return not self.done and all(event.done for event in self.after)
 
+    def finish(self) -> None:
+        """Lets go of what it worked on: who made it may keep the event."""
+        self.done, self.run, self.after, self.targets = True, _nothing, [], ()
+
+
+def _nothing() -> None:
+    """What is left to do of an operation that is done."""
+
 
 class ShuffledLanes(InlineLanes):
     """Runs copies and host work in a random order that ``after=`` allows, as late as it allows.
@@ -310,7 +318,7 @@ class ShuffledLanes(InlineLanes):
     def compute(self) -> Event:
         """See ``Lanes.compute``."""
         self._progress()
-        return _Queued(lambda: None, [], (), done=True)
+        return _Queued(_nothing, [], (), done=True)
 
     def wait_compute(self, *events: Event) -> None:
         """See ``Lanes.wait_compute``: runs the events' ancestors, and at random whatever else is ready."""
@@ -345,14 +353,13 @@ class ShuffledLanes(InlineLanes):
             self._drop_followers(operation)
             raise
         finally:
-            operation.done = True
-            operation.after = []
+            operation.finish()
         self._poison()
 
     def _drop_followers(self, failed: _Queued) -> None:
         for operation in [op for op in self._queue if id(failed) in _ancestors([op])]:
             self._queue.remove(operation)
-            operation.done = True
+            operation.finish()
 
     def _poison(self) -> None:
         for operation in self._queue:

@@ -6,6 +6,7 @@ import mmap
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -182,6 +183,49 @@ def test_a_refused_mapping_says_both_numbers(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(HostMemoryError, match=r"2\.00 GiB.*'second', beside 1\.00 GiB held.*Cannot allocate"):
         memory.region("second", 2 * GIB, pinned=False)
     assert list(memory.report().by_name) == ["first"]
+
+
+class Earlier:
+    """Holds a region in a reference cycle, as a Trainer does; `mmap` says at each call whether it is still there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, refuses: bool) -> None:
+        self.seen: list[bool] = []
+        cycle: list[object] = [Region("earlier", PAGE)]
+        cycle.append(cycle)
+        held, real = weakref.ref(cycle[0]), mmap.mmap
+
+        def map_it(*arguments: int) -> mmap.mmap:
+            self.seen.append(held() is not None)
+            if refuses and self.seen[-1]:
+                raise OSError(12, "Cannot allocate memory")
+            return real(*arguments)
+
+        monkeypatch.setattr(mmap, "mmap", map_it)
+
+
+@pytest.fixture
+def _no_collection_by_chance() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collection_by_chance")
+def test_where_the_system_refuses_what_earlier_runs_held_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = Earlier(monkeypatch, refuses=True)
+    region = HostMemory(pin=False).region("r", PAGE, pinned=False)
+    assert earlier.seen == [True, False]
+    assert region.carve(PAGE, torch.uint8).eq(0).all()
+
+
+@pytest.mark.usefixtures("_no_collection_by_chance")
+def test_before_a_memory_becomes_large_what_earlier_runs_held_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "LARGE_BYTES", 4 * PAGE)
+    earlier = Earlier(monkeypatch, refuses=False)
+    memory = HostMemory(pin=False)
+    for index in range(5):
+        memory.region(f"r{index}", PAGE, pinned=False)
+    assert earlier.seen == [True, True, True, False, False]
 
 
 def test_pinning_locks_whole_pages_of_what_asks_for_it(cudart: FakeCudart) -> None:
