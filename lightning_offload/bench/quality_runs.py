@@ -22,7 +22,7 @@ from lightning_offload.bench.quality_arms import QUALITY_ARMS
 from lightning_offload.errors import NonFiniteError
 from lightning_offload.text import TINY_PATH, load_corpus
 from lightning_offload.text.batches import pack, spread
-from lightning_offload.text.jsonl import read_lines
+from lightning_offload.text.lines import read_lines
 from lightning_offload.text.loading import build_network, load_tokenizer
 from lightning_offload.text.loss import next_token_loss
 

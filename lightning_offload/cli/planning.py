@@ -95,7 +95,8 @@ def _batch(cfg: DictConfig, model: Any) -> Any:
     if size and length:
         from lightning_offload.text import batch_by_shape
 
-        return batch_by_shape(size, length, 1)
+        words = cfg.data.get("label_words")
+        return batch_by_shape(size, length, 1, choices=len(words) if words else None)
     data = build_data(cfg, model)
     data.setup("fit")
     return next(iter(data.train_dataloader()))

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from lightning_offload.text.batches import batch_by_shape
     from lightning_offload.text.corpus import load_corpus
     from lightning_offload.text.data import TextData
+    from lightning_offload.text.facts import Facts
+    from lightning_offload.text.gsm8k import Gsm8k
     from lightning_offload.text.jsonl import Jsonl
     from lightning_offload.text.modules import CausalLM
     from lightning_offload.text.pretrain import MuonAdamW
     from lightning_offload.text.schedules import linear_decay, wsd
     from lightning_offload.text.sources import PythonDocs, PythonSource, TextFiles
+    from lightning_offload.text.sst2 import Sst2
+    from lightning_offload.text.verbalizers import PromptClassifier
 
 #: folder of the shipped pretrained model and its tokenizer, in Hugging Face's format
 TINY_PATH = str(Path(__file__).parent / "assets" / "tiny")
@@ -27,6 +31,8 @@ _HOME = {
     "batch_by_shape": "batches",
     "load_corpus": "corpus",
     "TextData": "data",
+    "Facts": "facts",
+    "Gsm8k": "gsm8k",
     "Jsonl": "jsonl",
     "CausalLM": "modules",
     "MuonAdamW": "pretrain",
@@ -35,15 +41,21 @@ _HOME = {
     "PythonDocs": "sources",
     "PythonSource": "sources",
     "TextFiles": "sources",
+    "Sst2": "sst2",
+    "PromptClassifier": "verbalizers",
 }
 
 __all__ = [
     "TINY_PATH",
     "CausalLM",
+    "Facts",
+    "Gsm8k",
     "Jsonl",
     "MuonAdamW",
+    "PromptClassifier",
     "PythonDocs",
     "PythonSource",
+    "Sst2",
     "TextData",
     "TextFiles",
     "batch_by_shape",

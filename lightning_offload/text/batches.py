@@ -51,6 +51,14 @@ def spread(sequences: Tensor, limit_tokens: int | None) -> Tensor:
     return sequences[torch.linspace(0, count - 1, limit_tokens // length).round().long()]
 
 
+def answered(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    """A sequence of which the answer alone is learned."""
+    ids = torch.tensor([*prompt, *answer], dtype=torch.int64)
+    labels = ids.clone()
+    labels[: len(prompt)] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
 def collate(examples: Sequence[Example], *, pad: int) -> Example:
     """Stack; where lengths differ pad on the right and say so with an ``attention_mask``."""
     lengths = [len(example["input_ids"]) for example in examples]
@@ -68,11 +76,12 @@ def collate(examples: Sequence[Example], *, pad: int) -> Example:
     return batch
 
 
-def batch_by_shape(batch_size: int, sequence_length: int, vocab_size: int) -> Example:
+def batch_by_shape(batch_size: int, sequence_length: int, vocab_size: int, choices: int | None = None) -> Example:
     """A batch of random tokens, all of them learned, as a data module gives it when nothing is padded.
 
     Returns:
-        ``input_ids`` and ``labels`` (`batch_size`, `sequence_length`), int64, on the current default device.
+        ``input_ids`` and ``labels`` (`batch_size`, `sequence_length`), int64, on the current default device; with
+        `choices` those of so many label words and a ``target``, as `PromptClassifier` takes them.
 
     Raises:
         ValueError: for a size that leaves nothing to predict.
@@ -82,8 +91,10 @@ def batch_by_shape(batch_size: int, sequence_length: int, vocab_size: int) -> Ex
             "a batch needs batch_size >= 1, sequence_length >= 2 and vocab_size >= 1; got"
             f" batch_size={batch_size}, sequence_length={sequence_length}, vocab_size={vocab_size}."
         )
-    tokens = torch.randint(vocab_size, (batch_size, sequence_length))
-    return {"input_ids": tokens, "labels": tokens.clone()}
+    size = (batch_size, sequence_length) if choices is None else (batch_size, choices, sequence_length)
+    tokens = torch.randint(vocab_size, size)
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    return batch if choices is None else {**batch, "target": torch.zeros(batch_size, dtype=torch.int64)}
 
 
 class ResumableSampler(DistributedSampler[Any]):

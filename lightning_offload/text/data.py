@@ -60,11 +60,14 @@ class TextData(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.tokenizer = tokenizer
-        self._sets: tuple[Dataset[Example], Dataset[Example]] | None = None
+        self._sets: tuple[Dataset[Any], ...] | None = None
         self._resume: dict[str, int] | None = None
 
-    def read(self) -> tuple[Dataset[Example], Dataset[Example]]:
-        """Training and validation examples, tokenized; called once, when `tokenizer` is there."""
+    def read(self) -> tuple[Dataset[Any], ...]:
+        """Training, validation and maybe test examples, tokenized; called once, when `tokenizer` is there.
+
+        Without examples of its own the test takes those of the validation.
+        """
         raise NotImplementedError
 
     @override
@@ -72,14 +75,14 @@ class TextData(L.LightningDataModule):
         if self._sets is not None:
             return
         self._check_tokenizer()
-        train, val = self.read()
-        for name, examples in (("train on", train), ("validate with", val)):
+        sets = self.read()
+        for name, examples in zip(("train on", "validate with", "test with"), sets, strict=False):
             if not len(examples):  # type: ignore[arg-type]
                 raise DataError(
                     f"{type(self).__name__}: nothing to {name}. Give more text, or a smaller"
                     f" data.sequence_length (now {self.sequence_length})."
                 )
-        self._sets = train, val
+        self._sets = sets
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:
@@ -108,15 +111,25 @@ class TextData(L.LightningDataModule):
             raise ValueError("The tokenizer has no end-of-text token: set tokenizer.eos_token.")
         return int(self.tokenizer.eos_token_id)
 
-    def _set(self, index: int) -> Dataset[Example]:
+    @property
+    def start(self) -> list[int]:
+        """The token that this tokenizer puts before a text, if it does."""
+        alone = self.tokenizer("")["input_ids"]
+        return list(alone) if alone == [self.tokenizer.bos_token_id] else []
+
+    def _set(self, index: int) -> Dataset[Any]:
         if self._sets is None:
             raise RuntimeError(f"Call {type(self).__name__}.setup() first.")
         return self._sets[index]
 
     @property
-    def _collate(self) -> partial[Example]:
+    def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return partial(collate, pad=self.end if pad is None else pad)
+        return self.end if pad is None else int(pad)
+
+    @property
+    def _collate(self) -> partial[Example]:
+        return partial(collate, pad=self._pad)
 
     @override
     def train_dataloader(self) -> ResumableLoader:
@@ -151,11 +164,16 @@ class TextData(L.LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(
-            self._set(1), batch_size=self.val_batch_size, collate_fn=self._collate, num_workers=self.num_workers
-        )
+        return self._in_order(1)
 
-    test_dataloader = val_dataloader
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._in_order(-1)
+
+    def _in_order(self, index: int) -> DataLoader[Any]:
+        return DataLoader(
+            self._set(index), batch_size=self.val_batch_size, collate_fn=self._collate, num_workers=self.num_workers
+        )
 
     @cached_property
     def bytes_per_token(self) -> float:

@@ -7,7 +7,7 @@ and its logits are computed again in the backward pass.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
+Reduction = Literal["sum", "none"]
 
 #: architectures whose logits are exactly ``head(base_model(...).last_hidden_state)``; each is in the equality test.
 #: Others (softcapped, scaled, several heads) take their own forward.
@@ -72,38 +73,51 @@ def next_token_loss(network: Any, batch: dict[str, Tensor], *, chunk_tokens: int
 
     Differs from the model's own loss in rounding only; a batch without labels gives 0, not NaN.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    # position t is scored against token t + 1; the last position has nothing to predict
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    total, targets = _losses(network, batch, chunk_tokens, "sum")
     tokens = (targets != IGNORED).sum()
-    if chunk_tokens and has_plain_head(network):
-        hidden = network.base_model(**inputs, use_cache=False).last_hidden_state
-        total = chunked_cross_entropy(network.get_output_embeddings(), hidden.flatten(0, 1), targets, chunk_tokens)
-    else:
-        total = _cross_entropy(network(**inputs, use_cache=False).logits.flatten(0, 1), targets)
     return TokenLoss(total / tokens.clamp(min=1), tokens)
 
 
-def chunked_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-    """Summed cross-entropy of ``head(hidden)``, fp32.
+def next_token_losses(network: Any, batch: dict[str, Tensor], *, chunk_tokens: int) -> Tensor:
+    """`next_token_loss` not averaged: (batch, sequence), fp32, of the token after each; 0 where that is not learned."""
+    losses, _ = _losses(network, batch, chunk_tokens, "none")
+    return losses.view(batch["labels"].shape)
+
+
+def _losses(network: Any, batch: dict[str, Tensor], chunk_tokens: int, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token, or its sum; and the targets, (tokens,)."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    # position t is scored against token t + 1; the last position has nothing to predict
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    if chunk_tokens and has_plain_head(network):
+        head, hidden = network.get_output_embeddings(), network.base_model(**inputs, use_cache=False).last_hidden_state
+        return chunked_cross_entropy(head, hidden.flatten(0, 1), targets, chunk_tokens, reduction), targets
+    return _cross_entropy(network(**inputs, use_cache=False).logits.flatten(0, 1), targets, reduction), targets
+
+
+def chunked_cross_entropy(
+    head: nn.Module, hidden: Tensor, targets: Tensor, chunk_tokens: int, reduction: Reduction = "sum"
+) -> Tensor:
+    """Cross-entropy of ``head(hidden)``, fp32: summed, or of each token.
 
     Args:
         head: called as a module on each chunk, and again in the backward pass, so that its hooks fire.
         hidden: (tokens, width).
         targets: (tokens,), -100 where nothing is learned.
         chunk_tokens: rows of `hidden` per call of `head`.
+        reduction: ``"sum"``, or ``"none"`` for (tokens,), 0 where nothing is learned.
     """
 
     def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
-        return _cross_entropy(head(rows), wanted)
+        return _cross_entropy(head(rows), wanted, reduction)
 
     chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     if len(hidden) <= chunk_tokens or not torch.is_grad_enabled():  # nothing to save by computing twice
         parts = [chunk_loss(*chunk) for chunk in chunks]
     else:
         parts = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(parts).sum()
+    return torch.cat(parts) if reduction == "none" else torch.stack(parts).sum()
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction=reduction)
