@@ -61,7 +61,7 @@ RULES = {
         "torch lightning typing_extensions",
         "yaml torchao galore_torch peft",
     ),
-    "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets"),
+    "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow"),
     "doctor": May("memory", "torch"),
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
