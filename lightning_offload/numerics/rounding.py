@@ -1,4 +1,4 @@
-"""Stochastic rounding to bf16 by dither: the noise is under the weight before anything is added to it."""
+"""Stochastic rounding: by dither, where the noise is under the weight before anything is added; and by given bits."""
 
 from __future__ import annotations
 
@@ -34,3 +34,38 @@ def dithered(weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     upper.copy_(weight)
     lower.view(torch.int16).random_(-(2**15), 2**15, generator=generator)
     return wide, upper
+
+
+def stochastic(values: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` rounded to ``dtype``: up with the probability of their distance from the lower neighbour.
+
+    What ``dtype`` holds stays. The expectation is the value itself, but for bf16 and fp16 subnormals whose distance is
+    no multiple of 2^-16 of an ulp: there it misses by at most 2^-17 ulp. Infinity counts as the number that would
+    follow the largest one; NaN stays NaN.
+
+    Args:
+        values: fp32.
+        bits: int32, uniform in 0 to 65,535, as ``values``.
+        dtype: bf16 or fp16; fp32 leaves the values as they are.
+
+    Returns:
+        ``dtype``, as ``values``.
+    """
+    if dtype == torch.float32:
+        return values
+    whole = values.view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = ((whole + bits) & -(2**16)).view(torch.float32)
+    else:
+        assert dtype == torch.float16, f"stochastic rounding is for bfloat16 and float16, not {dtype}"
+        rounded = ((whole + (bits >> 3)) & -(2**13)).view(torch.float32)
+        rounded = torch.where(values.abs() < 2**-14, _half_subnormal(values, bits), rounded)
+    return torch.where(values.isnan(), values, rounded).to(dtype)
+
+
+def _half_subnormal(values: Tensor, bits: Tensor) -> Tensor:
+    """Multiples of 2^-24, fp16's step below 2^-14."""
+    size = values.abs() * 2**24
+    lower = size.floor()
+    up = (bits + 0.5) < (size - lower) * 2**16
+    return ((lower + up) * 2**-24).copysign(values)
