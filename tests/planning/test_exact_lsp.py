@@ -65,9 +65,16 @@ def test_bytes_of_every_lane_and_arenas(row: dict[str, Any]) -> None:
     assert dry.run.lanes.memory.report() == real.report
 
 
-@pytest.mark.parametrize("form", ["gradient", "activations"])
 @pytest.mark.parametrize("projector", ["learned", "pca", "block"])
-@pytest.mark.parametrize(("family", "precision"), [("llama", "32-true"), ("opt", "bf16-true")])
+@pytest.mark.parametrize(
+    ("family", "precision", "form"),
+    [
+        ("llama", "32-true", "gradient"),
+        ("opt", "bf16-true", "activations"),
+        pytest.param("llama", "32-true", "activations", marks=pytest.mark.slow),
+        pytest.param("opt", "bf16-true", "gradient", marks=pytest.mark.slow),
+    ],
+)
 def test_the_peak_on_the_device_is_within_five_percent(family: str, precision: str, projector: Any, form: Any) -> None:
     """The fit at the first step included."""
     make, batch = sized(family, precision)

@@ -91,8 +91,15 @@ def test_a_machine_as_fast_in_all_takes_its_share_of_the_time() -> None:
     assert fast.bound_s == pytest.approx(slow.bound_s / 2)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("accumulate", ["auto", "device", "host"])
+@pytest.mark.parametrize(
+    ("accumulate", "micro_batches"),
+    [
+        ("auto", 4),
+        ("device", 1),
+        ("host", 4),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in [("auto", 1), ("device", 4), ("host", 1)]),
+    ],
+)
 def test_more_memory_never_fits_less(accumulate: Any, micro_batches: int) -> None:
     settings = {"settings": FullSettings(min_numel=0, accumulate=accumulate), "micro_batches": micro_batches}
     whole = planned("sequential", gpu(), **settings)
@@ -152,8 +159,15 @@ def test_a_cap_binds_whoever_wants_to_try_all_the_same() -> None:
         train(needed // 2, "32-true", on_misfit="warn")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("precision", "micro_batches"),
+    [
+        ("32-true", 1),
+        ("bf16-true", 3),
+        ("bf16-mixed", 1),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in [("32-true", 3), ("bf16-true", 1), ("bf16-mixed", 3)]),
+    ],
+)
 def test_a_run_stays_within_the_cap_that_its_plan_says_it_fits(precision: Any, micro_batches: int) -> None:
     """Caps around all that the plan counts, and around its arenas alone, below which the run is refused too."""
 
