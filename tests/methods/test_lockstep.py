@@ -21,11 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_offload.errors import OffloadError
+from lightning_offload.errors import OffloadError, RaceError
 from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.memory.checked import CheckedLanes
+from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.lockstep import Lockstep
 from lightning_offload.methods.uses import Recorder
 from tests.families import FAMILIES
+from tests.helpers import lanes_of
 from tests.zoo import ZOO, first_tensor
 
 EPS = 1e-2
@@ -371,6 +374,36 @@ def test_fake_mode() -> None:
         with installed(lockstep):
             made = lockstep.run(lambda stream: module(torch.ones(1, 4)), 3)
     assert all(isinstance(tensor, FakeTensor) and tensor.fake_mode is mode for tensor in made)
+
+
+class Copied(Recording):
+    """Streams beyond the first read weights that a copy has brought, `waiting` for it or not."""
+
+    def __init__(self, lanes: Lanes, waiting: bool) -> None:
+        super().__init__()
+        self.lanes, self.waiting = lanes, waiting
+        (self.slot,), (self.home,) = (lanes.buffers(name, [16], torch.float32, "device") for name in ("slot", "home"))
+
+    def present(self, unit: Unit, stream: int) -> None:
+        if stream > 0:
+            copied = self.lanes.copy([self.slot], [self.home], "h2d", after=[self.lanes.compute()])
+            if self.waiting:
+                self.lanes.wait_compute(copied)
+            next(iter(unit.parameters.values())).data = self.slot.view(4, 4)
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_checked_lanes_see_what_every_stream_reads(stream: int) -> None:
+    lanes = lanes_of("checked")
+    assert isinstance(lanes, CheckedLanes)
+    module = stack(layers=1)
+    visitor = Copied(lanes, waiting=True)
+    visitor.home.zero_()
+    with installed(Lockstep(module, partition(module, blocks=["0"]), visitor)) as lockstep, lanes.checking():
+        lockstep.run(lambda _: module(torch.ones(1, 4)), stream + 1)
+        visitor.waiting = False
+        with pytest.raises(RaceError, match="slot"):
+            lockstep.run(lambda _: module(torch.ones(1, 4)), stream + 1)
 
 
 @pytest.mark.parametrize("cache", [True, False])
