@@ -44,10 +44,10 @@ def launch(
         rounding: of the updates.
     """
     assert len(copies) <= 2, f"{len(copies)} copies; the kernel writes at most two"
-    while len(updates) > MOST_UPDATES:
+    while weight.numel() and len(updates) > MOST_UPDATES:
         _launch(weight, updates[:MOST_UPDATES], None, (), distribution, rounding)
         updates = updates[MOST_UPDATES:]
-    if updates or copies:
+    if weight.numel() and (updates or copies):
         _launch(weight, updates, draw, copies, distribution, rounding)
 
 
@@ -61,27 +61,27 @@ def _launch(
 ) -> None:
     drawn = [update.draw for update in updates] + [draw] * bool(copies)
     used = [each for each in drawn if each is not None]
-    grid, outs = (-(-weight.numel() // BLOCK),), [copy.out.detach() for copy in copies]
-    if not weight.numel():
-        return
-    _kernel()[grid](
-        weight.detach(),
-        *(outs + [weight.detach()] * (2 - len(outs))),
-        weight.numel(),
-        tuple(_signed(each) for each in used),
-        tuple(each.direction for each in used),
-        tuple(each.parameter for each in used),
-        tuple(number for update in updates for number in (update.coefficient, update.lr, update.weight_decay)),
-        tuple(float(copy.scale) for copy in copies),
-        updates=len(updates),
-        copies=len(copies),
-        distribution=distribution,
-        lanes=LANES[distribution],
-        stochastic=rounding == "stochastic" and weight.dtype != torch.float32,
-        domain=ROUNDING_DOMAIN,
-        block=BLOCK,
-        enable_fp_fusion=False,  # every product is rounded by itself, as torch rounds it
-    )
+    outs = [copy.out.detach() for copy in copies]
+    grid = (-(-weight.numel() // BLOCK),)
+    with torch.cuda.device_of(weight):
+        _kernel()[grid](
+            weight.detach(),
+            *(outs + [weight.detach()] * (2 - len(outs))),
+            weight.numel(),
+            tuple(_signed(each) for each in used),
+            tuple(each.direction for each in used),
+            tuple(each.parameter for each in used),
+            tuple(number for update in updates for number in (update.coefficient, update.lr, update.weight_decay)),
+            tuple(float(copy.scale) for copy in copies),
+            updates=len(updates),
+            copies=len(copies),
+            distribution=distribution,
+            lanes=LANES[distribution],
+            stochastic=rounding == "stochastic" and weight.dtype != torch.float32,
+            domain=ROUNDING_DOMAIN,
+            block=BLOCK,
+            enable_fp_fusion=False,  # every product is rounded by itself, as torch rounds it
+        )
 
 
 def _signed(draw: Draw) -> int:

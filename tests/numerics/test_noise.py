@@ -88,9 +88,7 @@ def test_any_slice_has_the_bits_of_the_whole(kind: str, wholes: dict[str, Tensor
 
 
 @pytest.mark.parametrize("kind", LANES)
-def test_tiles_and_threads_do_not_matter(
-    kind: str, wholes: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_and_threads_do_not_matter(kind: str, wholes: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     for tile in (2**12, 2**18):
         monkeypatch.setattr(module, "TILE", tile)
         assert torch.equal(whole(kind), wholes[kind])
@@ -147,7 +145,8 @@ def test_gaussian_follows_its_law() -> None:
 
 def test_bits_of_rounding_are_uniform_and_no_part_of_any_noise() -> None:
     bits = random_bits(DRAW, 0, 2**18, device="cpu")
-    assert (bits.min() >= 0) and (bits.max() < 2**16)
+    assert bits.min() >= 0
+    assert bits.max() < 2**16
     counts = torch.bincount(bits >> 8, minlength=256)
     assert (counts - 1024).abs().max() < 5 * 32
     assert abs((bits & 1).double().mean() - 0.5) < 5 * 0.5 / 2**9
