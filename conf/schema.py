@@ -100,6 +100,7 @@ class Evaluate(Running):
     """`lightning-offload evaluate`."""
 
     output: str | None = None
+    split: str = MISSING
     prompt: str = MISSING
     max_new_tokens: int = MISSING
 

@@ -184,6 +184,37 @@ def test_a_named_run_is_never_overwritten_and_feeds_evaluate_and_export(run, ref
     assert "`dtype` is float32" in refused("export", "ckpt_path=runs/mine", "dtype=int8", "output=out2")
 
 
+@pytest.mark.parametrize("method", ["none", "full", "lsp"])
+def test_label_words_are_trained_and_evaluated(method: str, run, given, refused, capsys) -> None:
+    rows = [json.dumps({"sentence": f"def add_{n}", "label": n % 2}) + "\n" for n in range(12)]
+    Path("sst2").mkdir()
+    for split in ("train", "dev", "test"):
+        Path(f"sst2/{split}.jsonl").write_text("".join(rows))
+    data = ["data=sst2", "data.path=sst2", "data.sequence_length=32", "data.label_words=[' x',' return y']"]
+    words = [*given[:2], *data, "hardware=cpu", "trainer.max_steps=2", "data.batch_size=4"]
+    assert run("train", *words, *OF_METHOD[method], "name=words", "lr=1e-2") == 0
+    said = capsys.readouterr().out
+    assert "PromptClassifier of" in said
+    assert "accuracy" in said.partition("before -> after")[2]
+    for split in ("val", "test"):
+        assert run("evaluate", "ckpt_path=runs/words", "hardware=cpu", "max_new_tokens=2", f"split={split}") == 0
+        result = json.loads(Path("runs/words/evaluation.json").read_text())
+        assert result["split"] == split
+        assert 0 <= result["accuracy"] <= 1
+
+    # a language model's run, with data that says how the model is used
+    assert run("train", *given, *OF_METHOD[method], "name=plain", "trainer.max_steps=1", "plan=false") == 0
+    assert run("evaluate", "ckpt_path=runs/plain", "hardware=cpu", *data, "max_new_tokens=2") == 0
+    assert "accuracy" in json.loads(Path("runs/plain/evaluation.json").read_text())
+    assert "`split` is val or test; got 'train'" in refused("evaluate", "ckpt_path=runs/words", "split=train")
+
+
+def test_a_plan_by_shape_has_the_label_words(run, capsys) -> None:
+    shape = ["model=opt_125m", "data=sst2", "data.path=none", "data.sequence_length=16", "hardware=rtx4090"]
+    assert run("plan", *shape, "data.batch_size=4", "method=full") == 0
+    assert "128 tokens per step" in capsys.readouterr().out  # 4 examples, 2 label words
+
+
 def test_multirun_gives_each_job_its_folder(run, given) -> None:
     assert run("train", "-m", *given, "method=none", "seed=0,1", "export=false", "trainer.max_steps=1") == 0
     (sweep,) = Path("runs").iterdir()

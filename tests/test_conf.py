@@ -56,8 +56,8 @@ def mandatory(group: str, option: str) -> list[str]:
         return ["model.config={model_type: gpt2, n_layer: 2}"]
     if (group, option) == ("experiment", "lsp_gsm8k"):
         return ["data.path=somewhere"]
-    needs_path = (group, option) in {("model", "pretrained"), ("data", "text"), ("data", "jsonl")}
-    return [f"{group}.path=somewhere"] if needs_path else []
+    needs_path = {"model": ["pretrained"], "data": ["text", "jsonl", "gsm8k", "sst2"]}
+    return [f"{group}.path=somewhere"] if option in needs_path.get(group, []) else []
 
 
 @pytest.mark.parametrize(("group", "option"), FILES, ids=lambda value: value)

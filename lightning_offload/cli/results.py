@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_offload import runs
 from lightning_offload.cli.building import build, build_data, dtype, shown
-from lightning_offload.cli.training import validate
+from lightning_offload.cli.training import held_out
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import export_to_hf, load_weights
@@ -21,6 +22,8 @@ def evaluate(cfg: DictConfig) -> int:
     with user_errors():
         checkpoint = runs.find_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
         run = runs.folder_of(checkpoint) if checkpoint else None
+        if cfg.split not in ("val", "test"):
+            raise OffloadError(f"`split` is val or test; got {cfg.split!r}")
         _fill_in(cfg, run)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         model = build(cfg, "model")
@@ -28,12 +31,18 @@ def evaluate(cfg: DictConfig) -> int:
             load_weights(model, checkpoint)
         data = build_data(cfg, model)
         trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False)
-    metrics = validate(trainer, model, data)
+    metrics = held_out(trainer, model, data, split=cfg.split)
     sample = model.to(trainer.strategy.root_device).generate(cfg.prompt, cfg.max_new_tokens)
     print("\n" + "   ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()))
     print(f"\n{cfg.prompt}{sample}\n")
     output = Path(cfg.output or (run or Path()) / "evaluation.json")
-    result = {**metrics, "checkpoint": checkpoint and str(checkpoint), "prompt": cfg.prompt, "sample": sample}
+    result = {
+        **metrics,
+        "split": cfg.split,
+        "checkpoint": checkpoint and str(checkpoint),
+        "prompt": cfg.prompt,
+        "sample": sample,
+    }
     output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {shown(output)}")
     return 0
@@ -54,11 +63,14 @@ def export(cfg: DictConfig) -> int:
 
 
 def _fill_in(cfg: DictConfig, run: Path | None) -> None:
-    """Take the model and the data of the run, where none was given."""
+    """Take the model and the data of the run, where none was chosen; data may say how the model is used."""
     stored = OmegaConf.load(run / runs.CONFIG) if run else OmegaConf.create()
+    given = HydraConfig.get().runtime.choices
     with open_dict(cfg):
         for key in ("model", "data"):
-            cfg[key] = cfg[key] if cfg[key] is not None else OmegaConf.select(stored, key)
+            of_run = OmegaConf.select(stored, key)
+            if given.get(key) is None and of_run is not None:
+                cfg[key] = OmegaConf.merge(of_run, cfg[key] or {})
     missing = [key for key in ("model", "data") if cfg[key] is None]
     if missing:
         raise OffloadError(

@@ -48,9 +48,9 @@ def train(cfg: DictConfig) -> int:
         if not trainer.fast_dev_run:  # which leaves nothing behind
             OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
     with _cap(cfg, trainer):
-        before = validate(trainer, model, data, resume)
+        before = held_out(trainer, model, data, resume)
         _fit(trainer, model, data, resume)
-        after = validate(trainer, model, data)
+        after = held_out(trainer, model, data)
     if trainer.is_global_zero:
         _print_change(before, after)
         _save_results(cfg, model, folder)
@@ -125,11 +125,14 @@ def _calibrate(trainer: L.Trainer, data: Any) -> None:
         )
 
 
-def validate(trainer: L.Trainer, model: Any, data: Any, ckpt_path: Path | None = None) -> dict[str, float]:
-    """The held-out metrics by name."""
-    results = trainer.validate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+def held_out(
+    trainer: L.Trainer, model: Any, data: Any, ckpt_path: Path | None = None, split: str = "val"
+) -> dict[str, float]:
+    """The metrics of validation or test by name."""
+    run = trainer.test if split == "test" else trainer.validate
+    results = run(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
     metrics = results[0] if results else {}
-    return {name.removeprefix("val/"): float(value) for name, value in metrics.items()}
+    return {name.removeprefix(f"{split}/"): float(value) for name, value in metrics.items()}
 
 
 def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None) -> None:

@@ -178,9 +178,17 @@ class TextData(L.LightningDataModule):
     @cached_property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of the validation set's learned text, per token that is scored."""
+        return self._bytes_per_token(self._set(1))
+
+    @cached_property
+    def test_bytes_per_token(self) -> float:
+        """The same of the test's."""
+        return self._bytes_per_token(self._set(-1))
+
+    def _bytes_per_token(self, examples: Dataset[Example]) -> float:
         texts, tokens = [], 0
-        for index in range(len(self._set(1))):  # type: ignore[arg-type]
-            labels = self._set(1)[index]["labels"][1:]  # the first token is not predicted
+        for index in range(len(examples)):  # type: ignore[arg-type]
+            labels = examples[index]["labels"][1:]  # the first token is not predicted
             scored = labels[labels != IGNORED]
             texts.append(scored.tolist())
             tokens += len(scored)

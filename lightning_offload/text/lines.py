@@ -75,7 +75,7 @@ def _csv(file: Path) -> Iterator[Line]:
                 raise line.error(f"does not have the {len(reader.fieldnames or ())} fields that the first line names.")
             yield line
     except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: {error}.") from error
+        raise DataError(f"{file}, line {reader.reader.line_num}: {error}.") from error
 
 
 def _parquet(file: Path) -> Iterator[Line]:
@@ -136,11 +136,10 @@ def read_split(path: str, *names: str) -> list[Line]:
         places = " and ".join(str(files[0].relative_to(folder)) for files in found.values())
         raise DataError(f"path={path!r} has the split {names[0]!r} more than once, in {places}: pass one's folder.")
     files = next(iter(found.values()), [])
-    shards = files and named.fullmatch(files[0].stem)
-    if shards and len(files) != int(shards["shards"] or 1):
-        raise DataError(
-            f"{files[0].parent} has {len(files)} of the files of the split {names[0]!r}, needs {shards['shards'] or 1}."
-        )
+    parts = named.fullmatch(files[0].stem) if files else None
+    wanted = int(parts["shards"] or 1) if parts else 0
+    if len(files) != wanted:
+        raise DataError(f"{files[0].parent} has {len(files)} of the files of the split {names[0]!r}, needs {wanted}.")
     return [line for file in files for line in READERS[file.suffix](file)]
 
 

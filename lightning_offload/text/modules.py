@@ -135,7 +135,8 @@ class CausalLM(L.LightningModule):
         loss = float(self.total_loss.compute() / self.total_tokens.compute())
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", math.exp(min(loss, 700.0)))  # above, a double overflows
-        bytes_per_token = getattr(self.trainer.datamodule, "bytes_per_token", None)  # type: ignore[attr-defined]
+        name = {"val": "bytes_per_token", "test": "test_bytes_per_token"}[stage]
+        bytes_per_token = getattr(self.trainer.datamodule, name, None)  # type: ignore[attr-defined]
         if bytes_per_token:
             self.log(f"{stage}/bits_per_byte", loss / math.log(2) / bytes_per_token)
 
