@@ -121,9 +121,11 @@ class _NumPy:
 
     def read(self, last: Any) -> Any:
         words = ctypes.string_at(self._address, _MT19937_BYTES) if self._address is not None else None
-        if words is not None and last is not None and last[0] == words and not last[1]["has_gauss"]:
+        unmoved = words is not None and last is not None and last[0] == words
+        if unmoved and not last[1]["has_gauss"]:
             return last
-        return words, self._module.get_state(legacy=False)
+        state = self._module.get_state(legacy=False)
+        return last if unmoved and state["has_gauss"] else (words, state)
 
     def write(self, state: Any) -> None:
         self._module.set_state(state[1])
