@@ -209,6 +209,15 @@ def test_label_words_are_trained_and_evaluated(method: str, run, given, refused,
     assert "`split` is val or test; got 'train'" in refused("evaluate", "ckpt_path=runs/words", "split=train")
 
 
+@pytest.mark.parametrize("method", ["full", "lsp"])
+def test_facts_are_generated(method: str, run, given, capsys) -> None:
+    facts = [*given[:2], "data=facts", "data.families=4", "data.sequence_length=64", "hardware=cpu"]
+    assert run("train", *facts, *OF_METHOD[method], "name=facts", "trainer.max_steps=2", "lr=1e-2") == 0
+    assert "is learned, between" in capsys.readouterr().out
+    assert run("evaluate", "ckpt_path=runs/facts", "split=test", "hardware=cpu", "max_new_tokens=2") == 0
+    assert json.loads(Path("runs/facts/evaluation.json").read_text())["bits_per_byte"] > 0
+
+
 def test_a_plan_by_shape_has_the_label_words(run, capsys) -> None:
     shape = ["model=opt_125m", "data=sst2", "data.path=none", "data.sequence_length=16", "hardware=rtx4090"]
     assert run("plan", *shape, "data.batch_size=4", "method=full") == 0
