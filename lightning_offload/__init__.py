@@ -12,7 +12,7 @@ from lightning_offload.callbacks import OffloadStats, OffloadSummary
 from lightning_offload.mixins import LSPMixin, OffloadMixin
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.registry import register
-from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy
+from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy
 from lightning_offload.tracing import OffloadTimeline
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "OffloadSummary",
     "OffloadTimeline",
     "Plan",
+    "ZO2OffloadStrategy",
     "export_to_hf",
     "plan",
     "register",

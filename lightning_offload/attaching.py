@@ -19,15 +19,15 @@ from lightning_offload.memory.lanes import InlineLanes, Lanes
 from lightning_offload.methods.base import DTypes, Trained
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.method import Method
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.resuming import chosen_before
 from lightning_offload.windows import Window, find_window
 
-MakeLanes = Callable[[Machine, GradientSettings], Lanes]
+MakeLanes = Callable[[Machine, CommonSettings], Lanes]
 
 
-def make_lanes(device: torch.device, machine: Machine, settings: GradientSettings) -> Lanes:
+def make_lanes(device: torch.device, machine: Machine, settings: CommonSettings) -> Lanes:
     """Streams on a GPU; on the CPU everything at once."""
     cap = settings.max_host_bytes
     if device.type == "cpu":
@@ -86,7 +86,7 @@ def attach(
     return engine
 
 
-def look_for_readers(who: str, trainer: Trainer, module: LightningModule, settings: GradientSettings) -> Window:
+def look_for_readers(who: str, trainer: Trainer, module: LightningModule, settings: CommonSettings) -> Window:
     """Which hooks look at weights or gradients in flight, said once."""
     window = find_window(trainer, module)
     if window.weights:

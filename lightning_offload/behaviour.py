@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -17,25 +17,23 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_offload.attaching import attach, look_for_readers, make_lanes
-from lightning_offload.calibration import Calibration
+from lightning_offload.attaching import make_lanes
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
 from lightning_offload.memory.budget import Machine, cap_device
 from lightning_offload.memory.lanes import Lanes
-from lightning_offload.methods.engine import Engine
-from lightning_offload.methods.method import Method
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.base import Attached
+from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
-from lightning_offload.precision import OffloadPrecision
-from lightning_offload.resuming import pack, unpack
+from lightning_offload.precision import AnyMethod, OffloadPrecision
 from lightning_offload.windows import Window
 
+AnyEngine = TypeVar("AnyEngine", bound=Attached)
 
-class OffloadBehaviour(Strategy):
+
+class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     """What makes a strategy an offload strategy, whatever base class it is combined with.
 
     The user's optimizer stays ``strategy.optimizers[0]`` and carries learning rate, betas, decay and groups; its
@@ -47,19 +45,15 @@ class OffloadBehaviour(Strategy):
     """
 
     strategy_name: ClassVar[str]
-    settings_type: ClassVar[type[GradientSettings]]
-    settings: GradientSettings
-    calibration_dataloader: Iterable[Any] | None = None
-    engine: Engine | None = None
+    settings_type: ClassVar[type[CommonSettings]]
+    settings: CommonSettings
+    engine: AnyEngine | None = None
     uses: Uses | None = None
     """What a plan has found out about the forward; the engine then serves units in the right order from step one."""
     _given: Mapping[str, Any]
     """The settings that are not at their defaults, as they were given."""
-    _calibration: Calibration
     _window = Window()
     _adopt_due = False
-    _pending: Mapping[str, Tensor] = {}
-    _torn = False
     _uncap: Callable[[], None] | None = None
 
     # Precision and checkpoints: whatever the Trainer brings becomes ours.
@@ -120,10 +114,12 @@ class OffloadBehaviour(Strategy):
             self._settle_settings(self.lightning_module)
         self._cap_device()
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
-            self.engine, self._torn = None, False
+            self.engine = None
             self.setup_optimizers(trainer)
-            self._attach(trainer, self._method())
-        self.model = self.precision_plugin.convert_module(self.model)
+            self._attach(trainer)
+        else:
+            self._prepare_forwards(trainer)
+        self._convert()
         self.model_to_device()
         self.setup_precision_plugin()
 
@@ -136,14 +132,26 @@ class OffloadBehaviour(Strategy):
                 f"{len(self.optimizers)}. Use one optimizer with several parameter groups."
             )
 
+    def _prepare_forwards(self, trainer: Trainer) -> None:
+        """Before an evaluation outside of fit."""
+
+    def _convert(self) -> None:
+        """Bring what the engine has not to the dtype it computes in."""
+        assert self.model is not None
+        self.model = self.precision_plugin.convert_module(self.model)
+
     @override
     def model_to_device(self) -> None:
         """Bring buffers and metrics to the device; the engine has brought each weight by itself."""
         assert self.model is not None
         self.model.to(self.root_device)
 
-    def _method(self) -> Method:
+    def _method(self) -> AnyMethod:
         """The method with the settings asked for."""
+        raise NotImplementedError
+
+    def _attach(self, trainer: Trainer) -> None:
+        """Hang an engine on the module; without one it is trained as it is."""
         raise NotImplementedError
 
     def _settle_settings(self, module: LightningModule) -> None:
@@ -168,33 +176,6 @@ class OffloadBehaviour(Strategy):
                     f"{name}={self._given[name]!r}: say it in one place"
                 )
         self.settings = self.settings_type(**{**self._given, **own})
-        loader = self.calibration_dataloader
-        if loader is None:
-            loader = getattr(module, "offload_calibration", None)
-        self._calibration = Calibration(loader, self.settings)
-
-    def _attach(self, trainer: Trainer, method: Method) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if not self._claims_anything(method):
-            rank_zero_warn(
-                f"`{type(self).__name__}` found no trained parameter with at least "
-                f"min_numel={method.settings.min_numel:,} elements: nothing is offloaded and the optimizer runs as it "
-                "is. Set `min_numel=0` to offload everything."
-            )
-            return
-        self.engine = attach(
-            self.strategy_name,
-            trainer,
-            module,
-            method,
-            self.precision_plugin.dtypes(method),
-            self.root_device,
-            self._make_lanes,
-            uses=self.uses,
-        )
-        # before anything runs: the sanity check's hooks may write weights already
-        self._window = look_for_readers(self.strategy_name, trainer, module, method.settings)
 
     def _cap_device(self) -> None:
         gib = self.settings.max_device_gib
@@ -211,84 +192,8 @@ class OffloadBehaviour(Strategy):
             self._uncap()
         self._uncap = None
 
-    def _claims_anything(self, method: Method) -> bool:
-        """Whether an engine has anything to do."""
-        trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
-        return any(parameter.numel() >= method.settings.min_numel for parameter in trained)
-
-    def _make_lanes(self, machine: Machine, settings: GradientSettings) -> Lanes:
+    def _make_lanes(self, machine: Machine, settings: CommonSettings) -> Lanes:
         return make_lanes(self.root_device, machine, settings)
-
-    # Stepping.
-
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        module = self.lightning_module
-        if self.engine is None or module is None:
-            return
-        self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
-        self.engine.load_gradients(self._pending)  # between restoring and here Lightning clears every `p.grad`
-        self._pending = {}
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self.engine is None:
-            return super().training_step(*args, **kwargs)
-        if self._adopt_due or self._window.weights:  # hooks may write after any micro-batch
-            self._adopt_due = False
-            self.engine.adopt()
-        assert self.lightning_module is not None
-        self._calibration.run(self.engine, self.lightning_module.trainer, self.lightning_module)
-        # automatic: `optimizer_step` has said whether it is the last, and is running this as its closure;
-        # manual: nobody has said yet that gradients may leave before the step
-        self.begin_micro_batch(last=self.engine.stepping, visible=not self._is_automatic)
-        with self.engine.micro_batch():
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._torn = True  # an exception from here on leaves the gradients with a part of a micro-batch
-        loss = super().backward(*args, **kwargs)
-        self._torn = self.engine is not None and self.engine.stepping
-        return loss
-
-    @property
-    def _is_automatic(self) -> bool:
-        return self.lightning_module is not None and self.lightning_module.automatic_optimization
-
-    @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        engine, module = self.engine, self.lightning_module
-        if engine is None:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
-        assert module is not None
-        if module.automatic_optimization:
-            self.begin_micro_batch(last=True)
-        result = closure()
-        self.precision_plugin._after_closure(module, optimizer)
-        engine.step(self.precision_plugin.take_clip())
-        self._torn = False
-        self._calibration.stepped()
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
-        if self._window.weights or (self._window.epochs and self._ends_epoch(module.trainer)):
-            engine.flush()
-            self._adopt_due = True
-        return result
-
-    def begin_micro_batch(self, *, last: bool, visible: bool = False) -> None:
-        """Say, before a backward, whether the step follows it and whether gradients must stay where users see them."""
-        engine = self.engine
-        if engine is not None:
-            engine.gradients_visible = visible or bool(self._window.gradients)
-            engine.stepping = last
-            self.precision_plugin.records_clip = not engine.gradients_visible
 
     @staticmethod
     def _ends_epoch(trainer: Trainer) -> bool:
@@ -337,7 +242,6 @@ class OffloadBehaviour(Strategy):
                 self.engine.adopt()
             self.engine.detach()
         self._adopt_due = False
-        self._pending = {}
         self._window = Window()
 
     # State.
@@ -358,20 +262,6 @@ class OffloadBehaviour(Strategy):
         if strict and not is_overridden("load_state_dict", module, LightningModule):
             compare_weights(module.state_dict(), checkpoint["state_dict"], source="The checkpoint")
         super().load_model_state_dict(checkpoint, strict=strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """In torch's own layout, so that a plain Trainer resumes from it; the rest is under our key."""
-        if self.engine is None:
-            return super().optimizer_state(optimizer)
-        return pack(self.engine, self._calibration, torn=self._torn)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self.engine is None:
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        self._pending = unpack(self.engine, self._calibration, checkpoint["optimizer_states"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""

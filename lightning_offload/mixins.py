@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_offload.attachment import Attachment
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from lightning_offload.methods.method import Method
@@ -153,7 +154,7 @@ class OffloadMixin:
 
     def _begin(self, last: bool) -> None:
         strategy = self._module.trainer.strategy
-        if isinstance(strategy, OffloadBehaviour):
+        if isinstance(strategy, GradientBehaviour):
             strategy.begin_micro_batch(last=last)
 
     def _step(self, optimizer: LightningOptimizer, settings: StepSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,8 +16,10 @@ from typing_extensions import override
 
 from lightning_offload.methods.base import Clip, DTypes, Rounding
 from lightning_offload.methods.method import Method
+from lightning_offload.methods.zo2 import ZO2
 
-PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
+AnyMethod = Method | ZO2
+PrecisionName = Literal["32-true", "bf16-mixed", "bf16-true", "16-true"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,9 +33,12 @@ class OffloadPrecision(Precision):
     bf16-mixed    autocast over fp32 weights  fp32      the fp32 weight itself                fp32
     bf16-true     bf16                        bf16      fp32 on the host; lsp: none where it  fp32
                                                         projects, stochastic rounding instead
+    16-true       fp16 (zo2 alone)            fp16      none, stochastic rounding             none
     ============  ==========================  ========  ====================================  =======
 
     Weights that are 16-bit already get fp32 masters under every precision (but for those that ``lsp`` projects).
+    ``zo2`` keeps one copy of each weight, in the dtype in which it crosses the link: that of the compute weight with
+    stochastic rounding, ``wire``, or fp32 with ``master=float32``.
     Inside the steps everything is as with Lightning's own plugin of the same name, except that ``bf16-true`` leaves
     non-persistent buffers (rotary frequencies) in their dtype: rounding them would change the positions that a
     pretrained model has learned.
@@ -72,7 +78,7 @@ class OffloadPrecision(Precision):
             "moments": _dtype("moments", moments),
         }
         self._rounding = rounding
-        self._half = HalfPrecision("bf16-true") if precision == "bf16-true" else None
+        self._half = HalfPrecision(precision) if precision in ("bf16-true", "16-true") else None
         self._mixed: MixedPrecision | None = None
         self.records_clip = False
         """Whether a clip call is left to the step (the gradients are on their way down) or done at once."""
@@ -103,20 +109,27 @@ class OffloadPrecision(Precision):
         name: Any = plugin.precision
         return cls(name)
 
-    def dtypes(self, method: Method) -> DTypes:
+    def dtypes(self, method: AnyMethod) -> DTypes:
         """The dtypes for one method.
 
         Raises:
             ValueError: The method cannot work with one that was asked for, naming the argument.
         """
+        if self._rounding not in (None, *get_args(Rounding)):
+            raise ValueError(f"`OffloadPrecision(rounding={self._rounding!r})` must be one of: {get_args(Rounding)}.")
+        if isinstance(method, ZO2):
+            return self._dtypes_of_forwards(method)
+        if self.precision == "16-true":
+            raise ValueError(
+                f"`precision='16-true'` is not supported by method `{method.name}`: gradients in float16 underflow. "
+                "Use `precision='bf16-true'`; method `zo2` has no gradients."
+            )
         keeps_masters = method.rounding == "nearest"
         if self._rounding not in (None, "nearest") and keeps_masters:
             raise ValueError(
                 f"`OffloadPrecision(rounding={self._rounding!r})` is not supported by method `{method.name}`, which "
                 "keeps fp32 masters; it must be 'nearest'."
             )
-        if self._rounding not in (None, *get_args(Rounding)):
-            raise ValueError(f"`OffloadPrecision(rounding={self._rounding!r})` must be one of: {get_args(Rounding)}.")
         dtypes = DTypes.of(self.precision, self._rounding or method.rounding)
         if dtypes.compute is not None and self._asked["master"] is not None and not keeps_masters:
             raise ValueError(
@@ -133,6 +146,35 @@ class OffloadPrecision(Precision):
                 )
         return dtypes
 
+    def _dtypes_of_forwards(self, method: ZO2) -> DTypes:
+        """Of a method without gradients: one copy of each weight, as it crosses the link."""
+        asked, exact = self._asked, method.settings.noise == "mezo"
+        wrong = {
+            "moments": asked["moments"] is not None and "which has no optimizer state",
+            "master": asked["master"] not in (None, torch.float32) and "whose masters are float32",
+            "wire": asked["master"] is not None and asked["wire"] not in (None, asked["master"]) and "with a master",
+        }
+        if exact:
+            wrong["master"] = asked["master"] is not None and "with noise='mezo', which keeps weights as MeZO does"
+            wrong["wire"] = asked["wire"] is not None and "with noise='mezo', which keeps weights as MeZO does"
+        for name, why in wrong.items():
+            if why:
+                raise ValueError(
+                    f"`OffloadPrecision({name}={asked[name]})` is not supported by method `{method.name}`, {why}. "
+                    "Leave it out."
+                )
+        if exact and self._rounding == "stochastic":
+            raise ValueError(
+                "`OffloadPrecision(rounding='stochastic')` is not supported by method `zo2` with noise='mezo', which "
+                "rounds as MeZO does. Leave it out, or pass noise='philox'."
+            )
+        dtypes = DTypes.of(self.precision, self._rounding or method.rounding)
+        return replace(dtypes, wire=asked["master"] or asked["wire"])
+
+    @property
+    def _half_dtype(self) -> torch.dtype | None:
+        return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.precision)
+
     def use_device(self, device: torch.device) -> None:
         """Tell where autocast happens; the Trainer knows it only after the plugin is made."""
         if self.precision == "bf16-mixed":
@@ -140,17 +182,21 @@ class OffloadPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Round parameters and persistent buffers to bf16 under ``bf16-true``."""
-        if self._half is None:
-            return module
-        for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.bfloat16:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        for owner in module.modules():
+        """Round parameters and persistent buffers to 16 bits under ``bf16-true`` and ``16-true``."""
+        dtype = self._half_dtype
+        for parameter in module.parameters() if dtype is not None else ():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        self.convert_buffers(module)
+        return module
+
+    def convert_buffers(self, module: nn.Module) -> None:
+        """Round persistent buffers alone: the weights are an engine's."""
+        dtype = self._half_dtype
+        for owner in module.modules() if dtype is not None else ():
             for name, buffer in owner._buffers.items():
                 if buffer is not None and buffer.is_floating_point() and name not in owner._non_persistent_buffers_set:
-                    owner._buffers[name] = buffer.to(torch.bfloat16)
-        return module
+                    owner._buffers[name] = buffer.to(dtype)
 
     @override
     def tensor_init_context(self) -> AbstractContextManager[Any]:

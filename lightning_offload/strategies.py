@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,14 +19,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.behaviour import AnyEngine, OffloadBehaviour
+from lightning_offload.gradient_behaviour import GradientBehaviour
+from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from lightning_offload.methods.method import Method
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.zeroth import ZerothEngine
+from lightning_offload.methods.zo2 import ZO2Settings
+from lightning_offload.zeroth_behaviour import ZerothBehaviour
 
 
-class OneDevice(OffloadBehaviour, SingleDeviceStrategy):
+class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
     """The behaviour on exactly one device: the first that the Trainer offers.
 
     Args:
@@ -45,7 +50,7 @@ class OneDevice(OffloadBehaviour, SingleDeviceStrategy):
     ) -> None:
         defaults = {field.name: field.default for field in fields(self.settings_type)}
         self._given = {name: value for name, value in settings.items() if value != defaults[name]}
-        self.settings: GradientSettings = self.settings_type(**self._given)
+        self.settings = self.settings_type(**self._given)
         self._devices: list[torch.device] = []
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
 
@@ -110,7 +115,7 @@ class OneDevice(OffloadBehaviour, SingleDeviceStrategy):
         )
 
 
-class FullOffloadStrategy(OneDevice):
+class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
     """Exact AdamW (Adam, SGD) with optimizer state, fp32 masters and the step itself in host memory.
 
     The LightningModule stays as it is: clipping, accumulation, schedulers, callbacks and checkpoints keep working.
@@ -180,7 +185,7 @@ class FullOffloadStrategy(OneDevice):
         return Full(self.settings)
 
 
-class LSPOffloadStrategy(OneDevice):
+class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
     """AdamW in a d x d subspace of each linear weight, in host memory: d x d numbers cross the link, not whole weights.
 
     The LightningModule stays as it is, with ``torch.optim.AdamW``. What is not a linear weight of the blocks is trained
@@ -315,4 +320,103 @@ class LSPOffloadStrategy(OneDevice):
         return True
 
 
-STRATEGIES: tuple[type[OneDevice], ...] = (FullOffloadStrategy, LSPOffloadStrategy)
+class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
+    """Fine-tuning by forwards alone, of models whose weights live in host memory and visit the device block by block.
+
+    The LightningModule stays as it is, with ``torch.optim.SGD``: its own ``training_step`` runs twice per micro-batch,
+    on weights moved to either side along a random direction, and its log is that of the first. Memory is that of
+    inference of three blocks. Sources: MeZO (arXiv 2305.17333), ZO2 (arXiv 2503.12668).
+
+    Args:
+        eps: How far weights are moved, to either side.
+        directions: Random directions per step, each with its own pair of forwards.
+        micro_batches: Parts of a batch that share one visit of the weights.
+        noise: ``"philox"`` or ``"mezo"`` (MeZO bit for bit).
+        distribution: Of philox noise: ``"popcount"``, ``"gaussian"`` or ``"rademacher"``.
+        train_mode: Whether forwards of training drop out; MeZO does not.
+        write_back_every: Steps between two copies of a unit's weights back to the host.
+        slots: Device buffers of the size of a unit.
+        prefetch: Units that come up ahead.
+        resident: What stays on the device beside what is no block: ``"auto"``, GiB, or names of units.
+        seed: Of philox noise; ``None`` is torch's initial seed.
+        log_file: Where the log of updates is written as the run goes; with the weights that the run began with it is
+            the whole fine-tune (``replay``).
+        min_numel: Smaller units stay on the device.
+        blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
+        pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
+        host_threads: Of the host worker; zo2 has no work for it.
+        skip_nonfinite: Drop a step whole when a loss is not finite.
+        max_skips: Skipped steps in a row that are put up with; one more is an error.
+        on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
+        max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
+        max_host_gib: Host memory that the arenas stay within, as if the machine had no more.
+        accelerator: As for every Lightning strategy.
+        checkpoint_io: As for every Lightning strategy; the default streams to disk.
+        precision_plugin: An ``OffloadPrecision``, to choose dtypes one by one.
+
+    Raises:
+        ValueError: A setting that cannot work.
+    """
+
+    strategy_name: ClassVar[str] = "zo2_offload"  # type: ignore[misc]  # as above
+    settings_type = ZO2Settings
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-3,
+        directions: int = 1,
+        micro_batches: int = 1,
+        noise: Literal["philox", "mezo"] = "philox",
+        distribution: Literal["popcount", "gaussian", "rademacher"] = "popcount",
+        train_mode: bool = False,
+        write_back_every: int = 1,
+        slots: int = 3,
+        prefetch: int = 1,
+        resident: Literal["auto"] | float | Sequence[str] = "auto",
+        seed: int | None = None,
+        min_numel: int = 4096,
+        blocks: Sequence[str | type[nn.Module]] | None = None,
+        pin_memory: bool | Literal["auto"] = "auto",
+        host_threads: int | Literal["auto"] = "auto",
+        skip_nonfinite: bool = True,
+        max_skips: int = 10,
+        on_misfit: Literal["error", "warn"] = "error",
+        max_device_gib: float | None = None,
+        max_host_gib: float | None = None,
+        log_file: str | Path | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        self.log_file = None if log_file is None else Path(log_file)
+        super().__init__(
+            {
+                "eps": eps,
+                "directions": directions,
+                "micro_batches": micro_batches,
+                "noise": noise,
+                "distribution": distribution,
+                "train_mode": train_mode,
+                "write_back_every": write_back_every,
+                "slots": slots,
+                "prefetch": prefetch,
+                "resident": resident,
+                "seed": seed,
+                "min_numel": min_numel,
+                "blocks": blocks,
+                "pin_memory": pin_memory,
+                "host_threads": host_threads,
+                "skip_nonfinite": skip_nonfinite,
+                "max_skips": max_skips,
+                "on_misfit": on_misfit,
+                "max_device_gib": max_device_gib,
+                "max_host_gib": max_host_gib,
+            },
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+
+
+STRATEGIES: tuple[type[OneDevice[Any]], ...] = (FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy)

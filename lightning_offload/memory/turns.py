@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -62,8 +63,10 @@ class Turns:
         except BaseException as raised:
             round_.fail(raised)
         finally:
-            round_.drain()
-            self._round = None
+            try:
+                round_.drain()
+            finally:
+                self._round = None
         failure, round_.failure = round_.failure, None
         try:
             if failure is not None:
@@ -96,8 +99,7 @@ class Turns:
             self._inboxes.append(_Inbox(len(self._inboxes) + 1))
         for stream, inbox in zip(range(1, round_.streams), self._inboxes, strict=False):
             context = contextvars.copy_context()
-            round_.ended[stream] = False
-            inbox.post(partial(context.run, round_.follow, stream))
+            round_.summon(stream, partial(inbox.post, partial(context.run, round_.follow, stream)))
 
 
 class _Inbox:
@@ -105,13 +107,13 @@ class _Inbox:
 
     def __init__(self, stream: int) -> None:
         self._wake = _closed_door()
-        self._task: Callable[[], object] | None = None
+        self._tasks: deque[Callable[[], object]] = deque()
         self._dismissed = False
         self.thread = threading.Thread(target=self._serve, name=f"offload-stream-{stream}", daemon=True)
         self.thread.start()
 
     def post(self, task: Callable[[], object]) -> None:
-        self._task = task
+        self._tasks.append(task)
         _open(self._wake)
 
     def dismiss(self) -> None:
@@ -121,10 +123,8 @@ class _Inbox:
     def _serve(self) -> None:
         while not self._dismissed:
             self._wake.acquire()
-            task, self._task = self._task, None
-            if task is not None:
-                task()
-            del task
+            while self._tasks:
+                self._tasks.popleft()()
 
 
 class _Round(Generic[T]):
@@ -134,12 +134,18 @@ class _Round(Generic[T]):
         self.streams = streams
         self.holder = 0
         self.results: list[T] = [None] * streams  # type: ignore[list-item]
-        self.ended = [True] * streams
         self.failure: BaseException | None = None
         self._fn, self._switch = fn, switch
         self._ambient = Ambient.capture()
+        self._posts: dict[int, Callable[[], None]] = {}
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
         self._doors = [_closed_door() for _ in range(streams)]
         self._exits = [_closed_door() for _ in range(streams)]
+
+    def summon(self, stream: int, post: Callable[[], None]) -> None:
+        self._posts[stream] = post
+        post()
 
     def fail(self, raised: BaseException) -> None:
         if self.failure is None:
@@ -163,7 +169,10 @@ class _Round(Generic[T]):
         self.give()
 
     def follow(self, stream: int) -> None:
-        """Any other stream, on its own thread."""
+        """Any other stream, on its own thread; nothing if it was summoned before."""
+        if stream in self._begun:
+            return
+        self._begun.add(stream)
         try:
             with self._ambient.entered():
                 self._take(stream)
@@ -172,17 +181,22 @@ class _Round(Generic[T]):
             pass
         except BaseException as raised:
             self.fail(raised)
-        self.ended[stream] = True
+        self._ended.add(stream)
         # whoever fails leaves it to stream 0 to end the others
         _open(self._doors[(stream + 1) % self.streams if self.failure is None else 0])
         _open(self._exits[stream])
 
     def drain(self) -> None:
-        """Return when every other stream has ended, whatever interrupts; then it is stream 0's turn."""
+        """Return when every other stream has ended, whatever interrupts; then it is stream 0's turn.
+
+        An interruption may have come between any two steps, so whoever has not ended is summoned anew and let in.
+        """
         while True:
             try:
-                for stream in range(1, self.streams):
-                    while not self.ended[stream]:
+                for stream, post in self._posts.items():
+                    while stream not in self._ended:
+                        self.fail(Stopped())
+                        post()
                         _open(self._doors[stream])
                         self._exits[stream].acquire()
                 if self.holder != 0:  # interrupted while another stream ran

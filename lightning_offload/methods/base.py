@@ -26,7 +26,7 @@ class DTypes:
     Attributes:
         compute: The weights on the device; ``None`` leaves each parameter as it is.
         master: The truth about a trained weight, on the host.
-        wire: What crosses the link; ``None`` is the dtype of the compute weight.
+        wire: What crosses the link (and is kept, where there is no master); ``None``: the compute weight's dtype.
         moments: Optimizer state.
         rounding: How a 16-bit weight takes what is finer: a master, or a step where it has no master.
     """
@@ -39,8 +39,9 @@ class DTypes:
 
     @classmethod
     def of(cls, precision: str, rounding: Rounding = "nearest") -> DTypes:
-        """The dtypes of a precision by Lightning's name: ``bf16-true`` computes in bf16, the others as weights are."""
-        return cls(compute=torch.bfloat16 if precision == "bf16-true" else None, rounding=rounding)
+        """The dtypes of a precision by Lightning's name: 16 bits compute in them, the others as weights are."""
+        narrow = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+        return cls(compute=narrow.get(precision), rounding=rounding)
 
 
 @dataclass(frozen=True)
@@ -245,4 +246,30 @@ class Part(Protocol):
 
     def pending_of(self, trained: Trained) -> Tensor | None:
         """The part of an accumulation window's gradient that is not in ``p.grad``; nothing is in flight."""
+        ...
+
+
+class Attached(Protocol):
+    """An engine, as whoever attaches it knows it: it may hold weights in flight, and lets go of them."""
+
+    closed: bool
+
+    def flush(self) -> None:
+        """Wait until nothing is in flight: every weight of the module is its latest."""
+        ...
+
+    def adopt(self) -> None:
+        """Take over weights that somebody else wrote."""
+        ...
+
+    def drop(self) -> None:
+        """After an exception: forget the unfinished step."""
+        ...
+
+    def detach(self) -> None:
+        """Remove everything it hung on the module; weights keep their latest values, state stays readable."""
+        ...
+
+    def weights(self) -> Sequence[tuple[Any, Tensor]]:
+        """Offloaded parameters, each with a CPU tensor that shares the arenas' memory."""
         ...

@@ -157,11 +157,10 @@ class Lockstep:
             results = self._turns.run(lambda stream: self._stream(fn, stream), streams, self._switch)
             self.visits = tuple(visit.unit.index for visit in walk.visits)
         finally:
-            self._muting.stop()
-            try:
-                self._rest(walk)
-            finally:
-                self._walk = self._alone
+            with ExitStack() as stack:  # the last first, and all of them whatever one raises
+                stack.callback(setattr, self, "_walk", self._alone)
+                stack.callback(self._rest, walk)
+                stack.callback(self._muting.stop)
         return results
 
     def settle(self) -> None:
@@ -237,7 +236,7 @@ class Lockstep:
         torch.clear_autocast_cache()
 
     def _rest(self, walk: _Walk) -> None:
-        with ExitStack() as stack:  # the last first, and all of them whatever one raises
+        with ExitStack() as stack:
             for visit in walk.visits:
                 if visit.arrived:
                     stack.callback(self._leave, visit)

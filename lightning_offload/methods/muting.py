@@ -30,6 +30,7 @@ class Muting:
 
     def start(self, streams: int) -> None:
         """From here on streams are kept apart."""
+        self.stop()
         modules = list(self._module.modules())
         self._metrics = [module for module in modules if is_metric(module)]
         self._states = [[vars(metric) for metric in self._metrics]]

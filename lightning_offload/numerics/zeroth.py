@@ -95,6 +95,9 @@ def advance_(
     """
     for tensor in (weight, *(copy.out for copy in copies)):
         assert tensor.dtype in DTYPES, f"perturbed and updated in float32: {tensor.dtype} would be cut short"
+        assert tensor.is_contiguous(), f"elements are counted in memory order: strides {tensor.stride()}"
+        assert tensor.numel() == weight.numel(), f"a copy of {tensor.numel()} elements for {weight.numel()}"
+    assert draw is not None or not copies, "copies need a draw"
     if weight.is_cuda and has_triton():
         from lightning_offload.numerics.noise_kernel import launch
 

@@ -1,0 +1,185 @@
+"""The log of a ``zo2`` run: all that a fine-tune is, beside the weights that it began with.
+
+A file is a header (which weights it began with, what z is) and one record of fixed size per update, each with its own
+checksum, so that whatever a crash leaves behind is read up to the last whole step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lightning_offload.errors import CheckpointError
+
+MAGIC = b"ZO2LOG1\n"
+_SIZE = struct.Struct("<I")
+_FIXED = struct.Struct("<IHQd")  # step, direction, seed, coefficient
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One update of all trained weights: ``W <- W - lr (coefficient z + weight_decay W)``.
+
+    Attributes:
+        step: Number of the optimizer step, from 1; steps that were skipped are left out.
+        direction: Which of the step's draws.
+        seed: Of z: of the run with philox noise, of the step with MeZO's.
+        coefficient: Projected gradient over the number of directions.
+        lr: Per parameter group, that of the step.
+        weight_decay: Per parameter group; 0 but in the step's first direction.
+    """
+
+    step: int
+    direction: int
+    seed: int
+    coefficient: float
+    lr: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the entries of a log refer to.
+
+    Attributes:
+        base: Hash of the weights that the run began with.
+        noise: Kind of noise.
+        distribution: Of philox noise.
+        eps: Of the method.
+        directions: Entries per step.
+        rounding: Of updates of 16-bit weights.
+        groups: Names of the trained parameters, per parameter group.
+        stored: dtype of each parameter, by name.
+    """
+
+    base: str
+    noise: str
+    distribution: str
+    eps: float
+    directions: int
+    rounding: str
+    groups: tuple[tuple[str, ...], ...]
+    stored: dict[str, str]
+
+
+def hash_weights(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names, shapes, dtypes and every bit."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in named:
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def pack_header(header: Header) -> bytes:
+    """The head of a file."""
+    text = json.dumps(asdict(header)).encode()
+    return MAGIC + _SIZE.pack(len(text)) + text + _SIZE.pack(zlib.crc32(text))
+
+
+def pack_entry(entry: Entry) -> bytes:
+    """One record."""
+    fixed = _FIXED.pack(entry.step, entry.direction, entry.seed, entry.coefficient)
+    hyper = struct.pack(f"<{2 * len(entry.lr)}d", *entry.lr, *entry.weight_decay)
+    return fixed + hyper + _SIZE.pack(zlib.crc32(fixed + hyper))
+
+
+def read_log(data: bytes, source: str) -> tuple[Header, list[Entry], int]:
+    """Header, entries of whole steps, and how many bytes those take.
+
+    Raises:
+        CheckpointError: No log, a damaged header, or a damaged entry with others behind it: a crash leaves its traces
+            at the end alone.
+    """
+    header, start = _read_header(data, source)
+    groups = len(header.groups)
+    size = _FIXED.size + 16 * groups + _SIZE.size
+    entries: list[Entry] = []
+    whole = start
+    for at in range(start, len(data) - size + 1, size):
+        entry = _read_entry(data[at : at + size], groups)
+        if entry is None:
+            if len(data) >= at + 2 * size and _read_entry(data[at + size : at + 2 * size], groups) is not None:
+                kept = entries[: len(entries) // header.directions * header.directions]
+                raise CheckpointError(
+                    f"{source} is damaged at byte {at}, entry {len(entries) + 1}: {len(kept)} entries before it, up to "
+                    f"step {kept[-1].step if kept else 0}, are good. Cut the file there to use them."
+                )
+            break
+        entries.append(entry)
+        if len(entries) % header.directions == 0:
+            whole = at + size
+    return header, entries[: len(entries) // header.directions * header.directions], whole
+
+
+def _read_header(data: bytes, source: str) -> tuple[Header, int]:
+    if not data.startswith(MAGIC):
+        raise CheckpointError(f"{source} is no log of a zo2 run: it does not begin with {MAGIC!r}.")
+    start = len(MAGIC) + _SIZE.size
+    end = start + (_SIZE.unpack(data[len(MAGIC) : start])[0] if len(data) >= start else 0)
+    text = data[start:end]
+    if len(data) < end + _SIZE.size or zlib.crc32(text) != _SIZE.unpack(data[end : end + _SIZE.size])[0]:
+        raise CheckpointError(f"{source} has a damaged header: nothing of it can be used.")
+    raw: dict[str, Any] = json.loads(text)
+    return Header(**{**raw, "groups": tuple(map(tuple, raw["groups"]))}), end + _SIZE.size
+
+
+def _read_entry(record: bytes, groups: int) -> Entry | None:
+    body, check = record[: -_SIZE.size], record[-_SIZE.size :]
+    if zlib.crc32(body) != _SIZE.unpack(check)[0]:
+        return None
+    hyper = struct.unpack(f"<{2 * groups}d", body[_FIXED.size :])
+    step, direction, seed, coefficient = _FIXED.unpack(body[: _FIXED.size])
+    return Entry(step, direction, seed, coefficient, hyper[:groups], hyper[groups:])
+
+
+class LogFile:
+    """A log that is written as the run goes; each step is handed to the system before the next one begins.
+
+    Args:
+        path: Where; its folder must exist.
+        header: Of the run.
+        entries: Of the steps so far; what the file has beyond them is cut off.
+
+    Raises:
+        CheckpointError: The file is the log of another run.
+    """
+
+    def __init__(self, path: Path, header: Header, entries: Sequence[Entry]) -> None:
+        self._file: BinaryIO = self._open(path, header, entries)
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """The entries of one step."""
+        self._file.write(b"".join(map(pack_entry, entries)))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        self._file.close()
+
+    @staticmethod
+    def _open(path: Path, header: Header, entries: Sequence[Entry]) -> BinaryIO:
+        wanted = pack_header(header) + b"".join(map(pack_entry, entries))
+        held = path.read_bytes() if path.exists() else b""
+        if held[: len(wanted)] != wanted[: len(held)]:
+            raise CheckpointError(
+                f"{path} is the log of another run (other weights to begin with, other settings, or other steps); "
+                "give this run a file of its own, or remove that one."
+            )
+        file = path.open("r+b" if path.exists() else "w+b")
+        file.truncate(min(len(held), len(wanted)))
+        file.seek(0, 2)
+        file.write(wanted[len(held) :])
+        file.flush()
+        return file

@@ -1,0 +1,649 @@
+"""The engine of ``zo2``: forwards in lock-step over weights that visit the device, and updates one step late.
+
+It knows nothing of Lightning; ten lines drive it::
+
+    engine = ZerothEngine(module, optimizer, ZO2(ZO2Settings()), lanes, DTypes())
+    for batch in batches:
+        engine.micro_batch(module.loss, [batch])
+        engine.step()
+    engine.detach()
+
+An update is a row of numbers (``Entry``). A unit applies those it has not seen when it is next on the device, before
+its forwards; ``flush`` makes every unit see all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_offload.errors import CheckpointError, NonFiniteError, OffloadError
+from lightning_offload.memory.blocks import Unit, partition
+from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.lanes import Lanes
+from lightning_offload.methods.base import Clip, DTypes
+from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
+from lightning_offload.methods.lockstep import Lockstep
+from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
+from lightning_offload.methods.rules import frozen_groups
+from lightning_offload.methods.steplog import Entry, Header, hash_weights
+from lightning_offload.methods.streaming import Berth, Leaf, Streaming
+from lightning_offload.methods.uses import Recorder, Uses
+from lightning_offload.methods.zo2 import ZO2, compute_dtype, resident_units, stored_dtype
+
+STEPS, ENTRIES, SUMS, SKIPS, SEEDS, BASE = "steps", "entries", "sums", "skips", "seeds", "base"
+"""Keys of what a checkpoint keeps of a run."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One of the forwards of a micro-batch.
+
+    Attributes:
+        direction: Which draw of z.
+        sign: +1 or -1.
+        part: Which part of the batch.
+    """
+
+    direction: int
+    sign: int
+    part: int
+
+
+@dataclass(frozen=True)
+class ZerothReport:
+    """What the last step did.
+
+    Attributes:
+        step: Its number, from 1.
+        loss_plus: Mean of l+ over its directions.
+        loss_minus: Mean of l-.
+        coefficient: Mean of the projected gradients after clipping.
+        skipped: Whether it changed nothing because a loss was not finite.
+        skipped_in_a_row: How many steps up to this one did.
+        skipped_total: Skipped steps since the start.
+    """
+
+    step: int = 0
+    loss_plus: float = math.nan
+    loss_minus: float = math.nan
+    coefficient: float = math.nan
+    skipped: bool = False
+    skipped_in_a_row: int = 0
+    skipped_total: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean of l+ and l-."""
+        return (self.loss_plus + self.loss_minus) / 2
+
+
+class Perturbed(Streaming):
+    """Weights that are shown moved along z while streams are set, and that catch up with the updates when they come.
+
+    Attributes:
+        streams: Of the micro-batch that is running; empty where forwards see the weights as they are.
+        step: Whose z they are moved along.
+        seed: Of that z.
+        updates: Entries of each step that some unit may not have seen, oldest first.
+        gone: Steps before those.
+        write_back_every: Steps between two copies home.
+    """
+
+    noise: Noise
+    streams: Sequence[Stream] = ()
+    step = 0
+    seed = 0
+    gone = 0
+    write_back_every = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.updates: list[list[Entry]] = []
+        super().__init__(*args, **kwargs)
+
+    @property
+    def head(self) -> int:
+        """Updates so far."""
+        return self.gone + len(self.updates)
+
+    def push(self, entries: list[Entry]) -> None:
+        """One step's updates, for every unit to apply when it comes by."""
+        self.updates.append(entries)
+        seen = min((berth.host_seen for berth in self.berths if berth.trained), default=self.head)
+        del self.updates[: seen - self.gone]
+        self.gone = seen
+
+    def catch_up(self) -> None:
+        """Every unit sees all updates, at home too."""
+        for berth in self.berths:
+            if berth.trained and berth.host_seen < self.head:
+                self._come_up(berth)
+                self._apply(berth)
+                self._write_back(berth)
+                self._release(berth)
+
+    def skip_to_head(self) -> None:
+        """The weights at rest have seen all updates: they were loaded so."""
+        for berth in self.berths:
+            berth.host_seen = berth.device_seen = self.head
+
+    def _refresh(self, berth: Berth) -> None:
+        self._apply(berth)
+        behind = berth.device_seen - berth.host_seen
+        if behind >= (1 if berth.resident else self.write_back_every):
+            self._write_back(berth)
+
+    def _apply(self, berth: Berth) -> None:
+        if not berth.trained or berth.device_seen == self.head:
+            return
+        entries = list(chain.from_iterable(self.updates[berth.device_seen - self.gone :]))
+        berth.device_seen = self.head
+        if berth.written is not None:  # of a unit that has stayed in its slot since it was written back
+            self._lanes.wait_compute(berth.written)
+        for leaf, weight in zip(berth.trained, berth.on_device, strict=False):
+            key = ("update", leaf.parameter.shape, weight.dtype, len(entries))
+            self._lanes.run(key, partial(self.noise.apply, leaf, weight, entries))
+
+    def _changes(self, leaf: Leaf) -> bool:
+        return leaf.group is not None or super()._changes(leaf)
+
+    def _fill(self, leaf: Leaf, weight: Tensor, out: Tensor, stream: int) -> None:
+        if leaf.group is None or not self.streams:
+            super()._fill(leaf, weight, out, stream)
+            return
+        seen, step, seed = self.streams[stream], self.step, self.seed
+        self._lanes.run(
+            ("perturb", leaf.parameter.shape, weight.dtype, out.dtype),
+            lambda: self.noise.show(leaf, weight, out, seed=seed, step=step, direction=seen.direction, sign=seen.sign),
+        )
+
+    def _kind(self, stream: int) -> Hashable:
+        return (self.streams[stream].direction, self.streams[stream].sign) if self.streams else None
+
+    def _version(self, berth: Berth) -> Hashable:
+        return (berth.device_seen, self.step)
+
+
+class ZerothEngine:
+    """See the module docstring.
+
+    Attributes:
+        log: Every update so far.
+        report: What the last step did.
+
+    Args:
+        module: The module to train; its ``Parameter`` objects must be final.
+        optimizer: ``torch.optim.SGD`` without momentum; carries learning rate, decay and groups.
+        method: With its settings.
+        lanes: Where it runs.
+        dtypes: Which dtype lives where.
+        machine: Checked for host memory before anything is allocated; ``None`` skips the check.
+        uses: What a dry run has found out about the forward; else the first batch is run once more to find it out.
+        units: The module's, where it has been split already.
+
+    Raises:
+        PartitionError: A model or ``blocks`` that cannot be split.
+        HostMemoryError: The weights do not fit, with ``on_misfit="error"``.
+        ValueError: An optimizer, a dtype or a name that it cannot work with.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: ZO2,
+        lanes: Lanes,
+        dtypes: DTypes,
+        *,
+        machine: Machine | None = None,
+        uses: Uses | None = None,
+        units: Sequence[Unit] | None = None,
+    ) -> None:
+        self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
+        self.units = list(units) if units is not None else partition(module, method.settings.blocks)
+        self.log: list[Entry] = []
+        self.report = ZerothReport()
+        self.closed = False
+        self._steps = 0
+        self._seed: int | None = None  # of the step that has begun
+        self._sums: list[tuple[int, list[float]]] = []  # weight and losses of each part so far, by kind
+        self._undo: list[Callable[[], Any]] = []
+        self._base: str | None = None
+        settings = method.settings
+        _check_optimizer(optimizer)
+        group_of = _groups_of(module, optimizer)
+        resident = resident_units(self.units, settings, dtypes)
+        if machine is not None:
+            self._require_host(machine, resident)
+        self.streaming = Perturbed(
+            module,
+            self.units,
+            lanes,
+            stored=lambda p: stored_dtype(p, dtypes),
+            compute=lambda p: compute_dtype(p, dtypes),
+            group_of=group_of,
+            resident=resident,
+            slots=settings.slots - 1,  # the scratch buffer is one of them
+            prefetch=settings.prefetch,
+        )
+        self.streaming.write_back_every = settings.write_back_every
+        self.streaming.noise = self.noise = self._make_noise()
+        self._learned = False
+        self.lockstep = Lockstep(module, self.units, self.streaming)
+        self._hooks = self.lockstep.install()
+        self._undo.append(self._take_off_lockstep)
+        self._install()
+        if uses is not None:
+            self._learn(uses)
+
+    # What the strategy calls, in the order of a step.
+
+    def micro_batch(self, run: Callable[[Any], Tensor], parts: Sequence[Any], weights: Sequence[int] = ()) -> Tensor:
+        """The forwards of one micro-batch.
+
+        Args:
+            run: The loss of one part, a scalar; called ``2 * directions`` times for each.
+            parts: Of the batch; they share one visit of the weights.
+            weights: How much each part counts (its samples, its tokens); all alike by default.
+
+        Returns:
+            l+ of the first direction, over all parts, detached.
+
+        Raises:
+            OffloadError: The forwards of one visit disagree on the order of units.
+        """
+        if self._seed is None:
+            self._seed = self.noise.seed()
+        counts = list(weights) or [1] * len(parts)
+        streams = [
+            Stream(direction, sign, part)
+            for direction in range(self.method.settings.directions)
+            for sign in (1, -1)
+            for part in range(len(parts))
+        ]
+        losses = self._losses(run, parts, streams) if self._learned else self._first_losses(run, parts, streams)
+        for part, count in enumerate(counts):
+            mine = [loss for stream, loss in zip(streams, losses, strict=True) if stream.part == part]
+            self._sums.append((count, [self.lanes.read(loss, 0.0) for loss in mine]))
+        if len(parts) == 1:
+            return losses[0]
+        return torch.stack([loss * count for loss, count in zip(losses, counts, strict=False)]).sum() / sum(counts)
+
+    def step(self, clip: Clip | None = None) -> None:
+        """Make an update of the losses since the last step; weights take it when they are next on the device.
+
+        Raises:
+            NonFiniteError: More than ``max_skips`` steps in a row had a loss that is not finite.
+        """
+        if not self._sums:
+            return
+        self._steps += 1
+        sums, self._sums = self._sums, []
+        seed, self._seed = self._seed, None
+        assert seed is not None
+        plus, minus = _means(sums)
+        slopes = _slopes(plus, minus, self.method.settings.eps)
+        if clip is not None:
+            slopes = [max(-clip.value, min(clip.value, slope)) if slope == slope else slope for slope in slopes]
+        self.report = replace(
+            self.report,
+            step=self._steps,
+            loss_plus=math.fsum(plus) / len(plus),
+            loss_minus=math.fsum(minus) / len(minus),
+            coefficient=sum(slopes) / len(slopes),
+            skipped=False,
+            skipped_in_a_row=0,
+        )
+        if self.method.settings.skip_nonfinite and not all(map(math.isfinite, slopes)):
+            self._skip()
+            return
+        entries = self._entries(seed, slopes)
+        self.log += entries
+        self.streaming.push(entries)
+
+    def flush(self) -> None:
+        """Every weight at rest has seen every update, and nothing is in flight. Idempotent."""
+        with torch.no_grad():
+            self.streaming.catch_up()
+        self.lanes.synchronize()
+
+    def adopt(self) -> None:
+        """Somebody else has written weights at rest: they are the truth."""
+        self.streaming.forget()
+
+    def restart_log(self) -> None:
+        """Other weights have been loaded: the log begins with them."""
+        self.adopt()
+        self.log, self._base = [], None
+
+    def drop(self) -> None:
+        """After an exception: forget the losses of the unfinished step."""
+        self._sums, self._seed = [], None
+        self.streaming.rest()
+        self.lanes.synchronize()
+
+    def detach(self) -> None:
+        """Remove everything the engine hung on the module; streamed weights stay in host memory."""
+        try:
+            self.close()
+        finally:
+            self.unhook()
+
+    def unhook(self) -> None:
+        """Remove everything the engine hung on the module."""
+        while self._undo:
+            self._undo.pop()()
+
+    def close(self) -> None:
+        """Flush, stop workers, free device buffers; the weights and the log stay readable. Idempotent."""
+        if self.closed:
+            return
+        try:
+            self.flush()
+        finally:
+            self.closed = True
+            self.lockstep.close()
+            self.streaming.close()
+            self.lanes.close()
+
+    # State, by parameter name.
+
+    def weights(self) -> list[tuple[Leaf, Tensor]]:
+        """Every streamed weight as a CPU tensor that shares the arenas' memory: no second copy."""
+        self.flush()
+        return [(leaf, leaf.parameter.data) for berth in self.streaming.streamed for leaf in berth.leaves]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Groups alone: there are no moments."""
+        packed: dict[str, Any] = self.optimizer.state_dict()
+        return packed
+
+    def load_optimizer_state(self, packed: dict[str, Any]) -> None:
+        """The inverse of ``optimizer_state``.
+
+        Raises:
+            CheckpointError: The state belongs to another optimizer or another model.
+        """
+        try:
+            self.optimizer.load_state_dict({"state": {}, "param_groups": packed["param_groups"]})
+        except ValueError as error:
+            raise CheckpointError(f"The checkpoint's optimizer state does not fit this optimizer: {error}") from error
+
+    def extras(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights, which have seen every entry of the log."""
+        self.flush()
+        own = {
+            STEPS: self._steps,
+            ENTRIES: [(e.step, e.direction, e.seed, e.coefficient, e.lr, e.weight_decay) for e in self.log],
+            SUMS: list(self._sums),
+            SKIPS: (self.report.skipped_in_a_row, self.report.skipped_total),
+            SEEDS: (self._seed, self.noise.state()),
+            BASE: self._base,
+        }
+        return {METHOD: self.method.name, SETTINGS: self.method.decisive(), OWN: own}
+
+    def load_extras(self, extras: Mapping[str, Any]) -> None:
+        """The inverse of ``extras``, after the weights of the same checkpoint have been loaded.
+
+        Raises:
+            CheckpointError: It was made with other settings that decide the bits of a step.
+        """
+        self.adopt()
+        self.streaming.skip_to_head()
+        if extras[METHOD] != self.method.name:
+            return
+        asked, held = self.method.decisive(), extras[SETTINGS]
+        if changed := [name for name in asked if held.get(name, asked[name]) != asked[name]]:
+            name = changed[0]
+            raise CheckpointError(
+                f"The checkpoint was made with {name}={held[name]!r}, this run has {name}={asked[name]!r}: continue "
+                "with the setting of the checkpoint, or load the weights alone (`load_from_checkpoint`)."
+            )
+        own = extras[OWN]
+        self._steps, self._sums, self._base = own[STEPS], list(own[SUMS]), own[BASE]
+        self.log = [Entry(*row) for row in own[ENTRIES]]
+        in_a_row, total = own[SKIPS]
+        self.report = ZerothReport(step=self._steps, skipped_in_a_row=in_a_row, skipped_total=total)
+        self._seed, state = own[SEEDS]
+        if state is not None:
+            self.noise.load(state)
+
+    def header(self) -> Header:
+        """What the log refers to; hashes the weights where that has not been done, so ask before the first step.
+
+        Raises:
+            OffloadError: Weights that nobody hashed have been updated since.
+        """
+        if self._base is None:
+            if self.log:
+                raise OffloadError(
+                    "The weights that this run began with were not hashed then, so its log has nothing to refer to; "
+                    "ask for the log before the first step (`ZO2OffloadStrategy(log_file=...)`)"
+                )
+            self._base = hash_weights(self.module.named_parameters())
+        settings = self.method.settings
+        names = {leaf.name: leaf for berth in self.streaming.berths for leaf in berth.leaves}
+        groups = len(self.optimizer.param_groups)
+        return Header(
+            base=self._base,
+            noise=settings.noise,
+            distribution=settings.distribution,
+            eps=settings.eps,
+            directions=settings.directions,
+            rounding=self.dtypes.rounding,
+            groups=tuple(tuple(n for n, leaf in names.items() if leaf.group == at) for at in range(groups)),
+            stored={name: str(leaf.rest.dtype) for name, leaf in names.items()},
+        )
+
+    @property
+    def device_bytes(self) -> int:
+        """What the engine holds on the device: slots, scratch, resident weights."""
+        return self.streaming.device_bytes
+
+    @property
+    def trained(self) -> list[Leaf]:
+        """The trained parameters."""
+        return [leaf for berth in self.streaming.berths for leaf in berth.trained]
+
+    # Forwards.
+
+    def _losses(self, run: Callable[[Any], Tensor], parts: Sequence[Any], streams: Sequence[Stream]) -> list[Tensor]:
+        """Of every stream, fp32 scalars."""
+        assert self._seed is not None
+        shown = self.streaming
+        shown.streams, shown.step, shown.seed = streams, self._steps + 1, self._seed
+        try:
+            losses = self.lockstep.run(lambda k: _checked(run(parts[streams[k].part])), len(streams))
+        finally:
+            shown.streams = ()
+        shown.order = self.lockstep.visits
+        return losses
+
+    def _first_losses(
+        self, run: Callable[[Any], Tensor], parts: Sequence[Any], streams: Sequence[Stream]
+    ) -> list[Tensor]:
+        """The same, and what no visit announces is found out; if there is such a thing, once more with it in place."""
+        recorder, put_back = Recorder(self.units), _random_states()
+        try:
+            with recorder.watching():
+                losses = self._losses(run, parts, streams)
+        except RuntimeError:
+            self._learn(recorder.uses(self.module))  # may say what is wrong
+            raise
+        if self._learn(recorder.uses(self.module)):
+            put_back()
+            losses = self._losses(run, parts, streams)
+        return losses
+
+    # Stepping.
+
+    def _entries(self, seed: int, slopes: Sequence[float]) -> list[Entry]:
+        groups = frozen_groups(self.optimizer)
+        lr = tuple(float(group["lr"]) for group in groups)
+        decay = tuple(float(group["weight_decay"]) for group in groups)
+        none = (0.0,) * len(decay)
+        return [
+            Entry(self._steps, direction, seed, slope / len(slopes), lr, none if direction else decay)
+            for direction, slope in enumerate(slopes)
+        ]
+
+    def _skip(self) -> None:
+        """The step is dropped whole: no update, no decay; the next one draws anew."""
+        report = self.report
+        self.report = replace(
+            report,
+            skipped=True,
+            skipped_in_a_row=report.skipped_in_a_row + 1,
+            skipped_total=report.skipped_total + 1,
+        )
+        if self.report.skipped_in_a_row > self.method.settings.max_skips:
+            raise NonFiniteError(
+                f"{self.report.skipped_in_a_row} steps in a row had a loss that is not finite (step {self._steps}: "
+                f"l+ = {report.loss_plus}, l- = {report.loss_minus}). No weight was changed in these steps. Lower the "
+                "learning rate or `eps`, or look at the data; `max_skips` is how many are put up with."
+            )
+
+    # Attaching.
+
+    def _make_noise(self) -> Noise:
+        settings, dtypes = self.method.settings, self.dtypes
+        if settings.noise == "philox":
+            assert settings.seed is not None, "resolve the method first"
+            return PhiloxNoise(settings.seed, settings.eps, settings.distribution, dtypes.rounding)
+        leaves = sorted(self.trained, key=lambda leaf: leaf.place)
+        for leaf in leaves:
+            if leaf.compute != leaf.rest.dtype:
+                raise ValueError(
+                    f"noise='mezo' keeps weights as forwards see them, but `{leaf.name}` is kept in {leaf.rest.dtype} "
+                    f"and seen in {leaf.compute}: leave `wire` and `master` of `OffloadPrecision` out"
+                )
+        return MezoNoise(leaves, settings.eps, self.lanes.device)
+
+    def _learn(self, uses: Uses) -> bool:
+        """Hold what forwards use outside any call; whether there is any."""
+        index = {unit.name: unit.index for unit in self.units}
+        owner = {name: unit for unit in self.units for name in unit.parameters}
+        for name in uses.functional:
+            if not self.streaming.is_resident(owner[name].index):
+                raise OffloadError(
+                    f"`{name}` is used outside its module's call, where nothing tells that it is needed, so "
+                    f"`{owner[name].name}` cannot be streamed: pass resident=[{owner[name].name!r}]"
+                )
+        early = {index[name] for name in uses.early - uses.skipped}
+        outside = early | {owner[name].index for name in uses.functional}
+        self._learned = True
+        if not outside:
+            return False
+        for place in outside:
+            self.streaming.hold(place)
+        self._hang_lockstep(outside)
+        return True
+
+    def _hang_lockstep(self, always: Collection[int]) -> None:
+        """In the place of the one before."""
+        self._take_off_lockstep()
+        self.lockstep = Lockstep(self.module, self.units, self.streaming, always=always)
+        self._hooks = self.lockstep.install()
+
+    def _take_off_lockstep(self) -> None:
+        while self._hooks:
+            self._hooks.pop()()
+        self.lockstep.close()
+
+    def _install(self) -> None:
+        flush, restart = self.flush, self.restart_log
+        self._undo += [
+            self.module.register_state_dict_pre_hook(lambda *_: flush()).remove,
+            self.module.register_load_state_dict_pre_hook(lambda *_: flush()).remove,
+            self.module.register_load_state_dict_post_hook(lambda *_: restart()).remove,
+        ]
+
+    def _require_host(self, machine: Machine, resident: set[int]) -> None:
+        streamed = [p for unit in self.units if unit.index not in resident for p in unit.parameters.values()]
+        machine.require_host(
+            sum(p.numel() * stored_dtype(p, self.dtypes).itemsize for p in streamed),
+            freed_bytes=sum(p.numel() * p.element_size() for p in streamed if p.device.type == "cpu"),
+            what=f"method `{self.method.name}` on {sum(p.numel() for p in streamed):,} streamed parameters",
+            on_misfit=self.method.settings.on_misfit,
+        )
+
+
+def _means(sums: Sequence[tuple[int, list[float]]]) -> tuple[list[float], list[float]]:
+    """l+ and l- of each direction, over all parts; exact in double precision where there is one."""
+    total = sum(count for count, _ in sums)
+    means = [
+        math.fsum(count * loss for count, loss in zip([c for c, _ in sums], kind, strict=True)) / total
+        for kind in zip(*(losses for _, losses in sums), strict=True)
+    ]
+    return means[0::2], means[1::2]
+
+
+def _slopes(plus: Sequence[float], minus: Sequence[float], eps: float) -> list[float]:
+    """``(l+ - l-) / (2 eps)`` in fp32, as MeZO has it."""
+    slopes: list[float] = ((torch.tensor(plus) - torch.tensor(minus)) / (2 * eps)).tolist()
+    return slopes
+
+
+def _groups_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """The group of each trained parameter, by id."""
+    known = {id(parameter) for parameter in module.parameters()}
+    groups: dict[int, int] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"Parameter {position} of the optimizer's group {index} (shape {tuple(parameter.shape)}) is not a "
+                    "parameter of the module. Build the optimizer from `self.parameters()`, after the module is final."
+                )
+            if parameter.requires_grad:
+                groups[id(parameter)] = index
+    return groups
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer)
+    if kind is not torch.optim.SGD:
+        raise ValueError(
+            f"`{kind.__name__}` cannot be used with method `zo2`: it has no gradients to keep moments of, and moments "
+            "would take two or three times the memory of the weights. Return `torch.optim.SGD(params, lr=1e-6)` from "
+            "`configure_optimizers`."
+        )
+    for option in ("momentum", "dampening", "nesterov", "maximize"):
+        if any(group[option] for group in optimizer.param_groups):
+            raise ValueError(f"`SGD({option}=...)` cannot be used with method `zo2`: leave `{option}` out")
+
+
+def _checked(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise OffloadError(
+            f"method `zo2` needs a loss from every forward, a tensor of one element; got {type(loss).__name__}"
+            + (f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "")
+        )
+    return loss.detach().reshape(()).float()
+
+
+def _random_states() -> Callable[[], None]:
+    """Sets torch's, Python's and NumPy's generators back to what they are now."""
+    put_back: list[Callable[[], Any]] = [
+        partial(torch.set_rng_state, torch.get_rng_state()),
+        partial(random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_initialized():
+        put_back.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if (numpy := sys.modules.get("numpy")) is not None:
+        put_back.append(partial(numpy.random.set_state, numpy.random.get_state()))
+
+    def restore() -> None:
+        for put in put_back:
+            put()
+
+    return restore
