@@ -121,9 +121,15 @@ def test_parameters_that_require_gradients_and_scalars() -> None:
     assert parameter.grad_fn is None
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_what_the_kernel_would_misread_is_refused() -> None:
     with pytest.raises(AssertionError, match="float64"):
         update_(torch.zeros(3, dtype=torch.float64), [], "popcount", "nearest")
+    with pytest.raises(AssertionError, match="strides"):
+        update_(torch.zeros(3, 2).T, [], "popcount", "nearest")
+    with pytest.raises(AssertionError, match="4 elements for 3"):
+        perturb(torch.zeros(3), Draw(0, 1, 0), 1e-3, torch.zeros(4), "popcount")
+    with pytest.raises(AssertionError, match="draw"):
+        advance_(torch.zeros(3), [], None, [Copy(1e-3, torch.zeros(3))], "popcount", "nearest")
 
 
 @every_distribution
