@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
@@ -29,7 +30,7 @@ class Sst2(TextData):
         train_examples, val_examples, test_examples: at most so many, drawn by `seed`; None for all.
         prompt: with ``{sentence}`` in it.
         label_words: what follows the prompt for labels 0 and 1, the space included.
-        **common: see `TextData`. A longer sentence is cut on the left.
+        **common: see `TextData`. A longer sentence is cut on the left, which is counted and said once.
 
     Raises:
         ValueError: for a prompt without a sentence or label words that are not two different ones.
@@ -78,7 +79,14 @@ class Sst2(TextData):
         return train, val, test
 
     def _examples(self, lines: list[Line]) -> Any:
-        return [self._example(line) for line in lines]
+        examples = [self._example(line) for line in lines]
+        cut = sum(example.cut for example in examples)
+        if cut:
+            rank_zero_warn(
+                f"{self.path}: {cut} of {len(examples)} sentences are cut on the left. Raise data.sequence_length"
+                f" (now {self.sequence_length})."
+            )
+        return examples
 
     def _example(self, line: Line) -> Choices:
         prompt = self.prompt.replace("{sentence}", line.text("sentence").strip())

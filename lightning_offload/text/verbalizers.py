@@ -1,4 +1,4 @@
-"""Classification by a prompt and label words, as MeZO does it (arXiv 2305.17333, appendix D): no new parameters.
+"""Classification by a prompt and label words, as MeZO does it (arXiv 2305.17333): no new parameters.
 
 A text in its prompt is continued by each label word; a word's score is the log-likelihood of its tokens. Training
 minimises the cross-entropy of the scores, the prediction is the word with the highest.
@@ -31,10 +31,11 @@ Score = Literal["mean", "sum"]
 
 
 class Choices(NamedTuple):
-    """One example: the prompt with each label word, and which is right."""
+    """One example: the prompt with each label word, which is right, and whether the prompt was cut."""
 
     candidates: list[Example]
     target: int
+    cut: bool
 
 
 def choices(
@@ -61,7 +62,7 @@ def choices(
     if room < 1:
         raise ValueError(f"The label words leave no room for a prompt: raise data.sequence_length (now {length}).")
     context = [*start, *prompt[:shared][-room:]]
-    return Choices([answered(context, word) for word in words], target)
+    return Choices([answered(context, word) for word in words], target, cut=shared > room)
 
 
 def collate_choices(examples: Sequence[Choices], *, pad: int) -> Example:
@@ -78,7 +79,7 @@ def word_scores(network: Any, batch: Batch, *, chunk_tokens: int, score: Score) 
         network: a causal language model of transformers.
         batch: as described above.
         chunk_tokens: see `next_token_losses`.
-        score: ``"mean"`` is MeZO's; ``"sum"`` is the word's log-probability.
+        score: ``"mean"`` keeps long words from losing; ``"sum"`` is the word's log-probability.
 
     Returns:
         (n, c), fp32.

@@ -132,6 +132,13 @@ def test_a_long_prompt_is_cut_on_the_left():
         choices([1, 2], [[1, 2, 3], [1, 2]], target=0, start=[], length=9)
 
 
+def test_what_is_cut_is_said(data):
+    with pytest.warns(
+        UserWarning, match=r"\d of 5 sentences are cut on the left. Raise data.sequence_length \(now 12\)"
+    ):
+        data(sequence_length=12).setup()
+
+
 def test_batches_have_the_documented_shapes():
     examples = [
         choices([1], [[1, 5], [1, 6, 7]], target=1, start=[], length=9),
