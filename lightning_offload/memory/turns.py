@@ -76,14 +76,9 @@ class Turns:
         return round_.results
 
     def give(self) -> None:
-        """Let every other stream go on to its next ``give``, or its end."""
+        """Let every other stream go on to its next ``give``, or its end; does not return if one of them fails."""
         if self._round is not None:
             self._round.give()
-
-    def check(self) -> None:
-        """End this stream here if another one has failed."""
-        if self._round is not None:
-            self._round.check()
 
     def close(self) -> None:
         """Joins the threads; a later run starts new ones. Idempotent."""
@@ -151,12 +146,12 @@ class _Round(Generic[T]):
         if self.failure is None:
             self.failure = raised
 
-    def check(self) -> None:
+    def _check(self) -> None:
         if self.failure is not None:
             raise Stopped
 
     def give(self) -> None:
-        self.check()
+        self._check()
         if self.streams > 1:
             stream = self.holder
             _open(self._doors[(stream + 1) % self.streams])
@@ -202,13 +197,14 @@ class _Round(Generic[T]):
                 if self.holder != 0:  # interrupted while another stream ran
                     self.holder = 0
                     self._switch(0)
+                self._posts.clear()  # they hold this run
                 return
             except BaseException as raised:
                 self.fail(raised)
 
     def _take(self, stream: int) -> None:
         self._doors[stream].acquire()
-        self.check()
+        self._check()
         self.holder = stream
         self._switch(stream)
 

@@ -175,7 +175,6 @@ class Lockstep:
 
     def enter(self, module: nn.Module) -> None:
         """A module is about to be called: give the other streams their turn if that begins a visit."""
-        self._turns.check()
         walk, stream = self._walk, self.stream
         inside = {visit.unit.index for visit in walk.held(stream)}
         visits = []

@@ -34,9 +34,7 @@ class Muting:
         modules = list(self._module.modules())
         self._metrics = [module for module in modules if is_metric(module)]
         self._states = [[vars(metric) for metric in self._metrics]]
-        for _ in range(1, streams):
-            copies: dict[int, Any] = {}
-            self._states.append([_own(metric, copies) for metric in self._metrics])
+        self._states += [[_own(metric) for metric in self._metrics] for _ in range(1, streams)]
         self._stream = 0
         for module in modules:
             if hasattr(module, "log_dict"):
@@ -81,26 +79,21 @@ def _for_first(method: Callable[..., Any], running: Callable[[], int]) -> Callab
     return muted
 
 
-def _own(metric: nn.Module, copies: dict[int, Any]) -> dict[str, Any]:
+def _own(metric: nn.Module) -> dict[str, Any]:
     """The attributes of a metric, such that changing them in place changes no other stream's.
 
-    Elements of list states are shared: metrics append to them and replace them, but do not write into them. What two
-    metrics share (a group of a collection) stays shared through ``copies``.
+    Elements of list states are shared: metrics append to them and replace them, but do not write into them.
     """
     states = getattr(metric, "_defaults", {})
-    return {name: _copied(value, name in states, copies) for name, value in vars(metric).items()}
+    return {
+        name: value.clone() if name in states and isinstance(value, Tensor) else _containers(value)
+        for name, value in vars(metric).items()
+    }
 
 
-def _copied(value: Any, is_state: bool, copies: dict[int, Any]) -> Any:
-    if id(value) in copies:
-        return copies[id(value)]
-    if isinstance(value, Tensor):
-        made: Any = value.clone() if is_state else value
-    elif type(value) is dict:
-        made = {key: _copied(item, False, copies) for key, item in value.items()}
-    elif type(value) is list:
-        made = [_copied(item, False, copies) for item in value]
-    else:
-        return value.copy() if isinstance(value, (dict, list, set)) else value
-    copies[id(value)] = made
-    return made
+def _containers(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _containers(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_containers(item) for item in value]
+    return value.copy() if isinstance(value, (dict, list, set)) else value

@@ -564,6 +564,7 @@ def test_interrupt_while_any_stream_runs(who: int) -> None:
     def forward(stream: int) -> None:
         module[0](torch.ones(1, 4))
         if stream == who:
+            torch.manual_seed(99)
             signal.pthread_kill(main, signal.SIGINT)
             arrived.wait(0.1)  # a signal that comes just before the main thread blocks does not wake it
         module[1](torch.ones(1, 4))
@@ -576,11 +577,46 @@ def test_interrupt_while_any_stream_runs(who: int) -> None:
                 arrived.clear()
                 with pytest.raises(KeyboardInterrupt):
                     lockstep.run(forward, 3)
+                assert (torch.initial_seed() == 99) == (who == 0)
                 for unit in range(3):
                     assert visitor.calls.count(("arrive", unit)) == visitor.calls.count(("leave", unit))
             assert len(lockstep.run(lambda stream: module(torch.ones(1, 4)), 3)) == 3
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals that can be sent to a thread")
+def test_interrupts_between_any_two_steps() -> None:
+    module = stack()
+    lockstep, visitor = recorded(module)
+    main, inside, interrupted = threading.get_ident(), False, 0
+
+    def interrupt(signum: int, frame: Any) -> None:
+        if inside:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with installed(lockstep):
+            for attempt in range(200):
+                timer = threading.Timer(1e-5 * attempt, signal.pthread_kill, (main, signal.SIGUSR1))
+                timer.start()
+                try:
+                    inside = True
+                    for _ in range(20):
+                        lockstep.run(lambda stream: module(torch.ones(1, 4)), 3)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                finally:
+                    inside = False
+                timer.join()
+                assert lockstep.stream == 0
+                visitor.calls.clear()
+                assert len(lockstep.run(lambda stream: module(torch.ones(1, 4)), 3)) == 3
+                check_order(visitor.calls, (0, 1, 2), 3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert interrupted > 0
 
 
 @pytest.mark.parametrize(
@@ -726,9 +762,13 @@ def test_results_and_failures_are_not_kept() -> None:
             raise Boom
         return made
 
-    lockstep.run(make, 3)
-    with contextlib.suppress(Boom):
-        lockstep.run(make, 3)
-    lockstep.close()
     gc.collect()
-    assert [ref() for ref in refs] == [None] * 6
+    gc.disable()
+    try:
+        lockstep.run(make, 3)
+        with contextlib.suppress(Boom):
+            lockstep.run(make, 3)
+        lockstep.close()
+        assert [ref() for ref in refs] == [None] * 6
+    finally:
+        gc.enable()
