@@ -56,6 +56,7 @@ class Running:
 
     seed: int = 0
     lr: float | None = None  # every model file brings the learning rate to start from; training alone uses it
+    zeroth_lr: float | None = None  # and that of methods without gradients
     model: Any = None
     data: Any = None
     ckpt_path: str | None = None
