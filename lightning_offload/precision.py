@@ -120,9 +120,10 @@ class OffloadPrecision(Precision):
         if isinstance(method, ZO2):
             return self._dtypes_of_forwards(method)
         if self.precision == "16-true":
+            others = tuple(name for name in get_args(PrecisionName) if name != "16-true")
             raise ValueError(
-                f"`precision='16-true'` is not supported by method `{method.name}`: gradients in float16 underflow. "
-                "Use `precision='bf16-true'`; method `zo2` has no gradients."
+                f"`Trainer(strategy='{method.name}_offload', precision='16-true')` is not supported: gradients in "
+                f"float16 underflow. `precision` must be one of: {others}."
             )
         keeps_masters = method.rounding == "nearest"
         if self._rounding not in (None, "nearest") and keeps_masters:

@@ -115,7 +115,7 @@ class MezoNoise:
         for entry in entries:
             z, eps = self._z(leaf, entry.seed), self._eps
             restored = mezo_restore(mezo_minus(mezo_plus(weight, z, eps), z, eps), z, eps)
-            decay = entry.weight_decay[leaf.group] if decays(leaf.name) else 0.0
+            decay = entry.weight_decay[leaf.group] if decays(leaf.name) else None
             weight.copy_(mezo_update(restored, z, entry.coefficient, entry.lr[leaf.group], decay))
 
     def state(self) -> Any:
