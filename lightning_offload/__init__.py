@@ -18,6 +18,7 @@ from lightning_offload.tracing import OffloadTimeline
 if TYPE_CHECKING:
     from lightning_offload.export import export_to_hf
     from lightning_offload.planning import Plan, plan
+    from lightning_offload.replaying import replay
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,9 +35,10 @@ __all__ = [
     "export_to_hf",
     "plan",
     "register",
+    "replay",
 ]
 
-_HOME = {"export_to_hf": "export", "Plan": "planning", "plan": "planning"}
+_HOME = {"export_to_hf": "export", "Plan": "planning", "plan": "planning", "replay": "replaying"}
 
 register()
 

@@ -85,6 +85,7 @@ TREE = {
     "lightning_offload/windows.py": "who looks at weights or gradients in flight",
     "lightning_offload/precision.py": "`OffloadPrecision`: every dtype",
     "lightning_offload/mixins.py": "manual optimization with the same bits",
+    "lightning_offload/replaying.py": "a zo2 run's weights from its log",
     "lightning_offload/attachment.py": "a mixin's own engine under a plain strategy",
     "lightning_offload/checkpoint.py": "streaming, atomic checkpoints",
     "lightning_offload/callbacks.py": "`OffloadStats`, `OffloadSummary`",

@@ -63,7 +63,8 @@ RULES = {
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "planning": May("errors memory methods timeline", "torch", "yaml .text"),
-    "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export .planning"),
+    "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export .planning .replaying"),
+    "replaying": May("errors methods numerics", "torch"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(
         "errors memory methods numerics planning behaviour strategies text",

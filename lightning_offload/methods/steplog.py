@@ -51,14 +51,16 @@ class Header:
     """What the entries of a log refer to.
 
     Attributes:
-        base: Hash of the weights that the run began with.
+        base: Hash of the weights that the run began with, in the dtypes in which it kept them.
         noise: Kind of noise.
         distribution: Of philox noise.
         eps: Of the method.
         directions: Entries per step.
         rounding: Of updates of 16-bit weights.
         groups: Names of the trained parameters, per parameter group.
-        stored: dtype of each parameter, by name.
+        stored: dtype of each parameter, by name, in the order of the module's parameters.
+        shapes: Of the same.
+        device: Kind of device on which z has these bits; None: on any.
     """
 
     base: str
@@ -69,13 +71,15 @@ class Header:
     rounding: str
     groups: tuple[tuple[str, ...], ...]
     stored: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    device: str | None = None
 
 
-def hash_weights(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, shapes, dtypes and every bit."""
+def hash_weights(tensors: Iterable[Tensor]) -> str:
+    """Of shapes, dtypes and every bit, in this order; names do not matter, or a prefix would."""
     total = hashlib.blake2b(digest_size=16)
-    for name, tensor in named:
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             total.update(flat.view(torch.uint8).numpy().data)
@@ -132,7 +136,8 @@ def _read_header(data: bytes, source: str) -> tuple[Header, int]:
     if len(data) < end + _SIZE.size or zlib.crc32(text) != _SIZE.unpack(data[end : end + _SIZE.size])[0]:
         raise CheckpointError(f"{source} has a damaged header: nothing of it can be used.")
     raw: dict[str, Any] = json.loads(text)
-    return Header(**{**raw, "groups": tuple(map(tuple, raw["groups"]))}), end + _SIZE.size
+    shapes = {name: tuple(shape) for name, shape in raw["shapes"].items()}
+    return Header(**{**raw, "groups": tuple(map(tuple, raw["groups"])), "shapes": shapes}), end + _SIZE.size
 
 
 def _read_entry(record: bytes, groups: int) -> Entry | None:

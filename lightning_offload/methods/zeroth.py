@@ -429,9 +429,11 @@ class ZerothEngine:
                     "The weights that this run began with were not hashed then, so its log has nothing to refer to; "
                     "ask for the log before the first step (`ZO2OffloadStrategy(log_file=...)`)"
                 )
-            self._base = hash_weights(self.module.named_parameters())
+            self._base = hash_weights(self.module.parameters())
         settings = self.method.settings
-        names = {leaf.name: leaf for berth in self.streaming.berths for leaf in berth.leaves}
+        everywhere = settings.noise == "philox" and settings.distribution != "gaussian"
+        leaves = sorted((x for berth in self.streaming.berths for x in berth.leaves), key=lambda leaf: leaf.place)
+        names = {leaf.name: leaf for leaf in leaves}
         groups = len(self.optimizer.param_groups)
         return Header(
             base=self._base,
@@ -442,6 +444,8 @@ class ZerothEngine:
             rounding=self.dtypes.rounding,
             groups=tuple(tuple(n for n, leaf in names.items() if leaf.group == at) for at in range(groups)),
             stored={name: str(leaf.rest.dtype) for name, leaf in names.items()},
+            shapes={name: tuple(leaf.parameter.shape) for name, leaf in names.items()},
+            device=None if everywhere else self.lanes.device.type,
         )
 
     @property
