@@ -238,7 +238,7 @@ class ZerothEngine:
         self.streaming.write_back_every = settings.write_back_every
         self.streaming.noise = self.noise = self._make_noise()
         self._learned = False
-        self.lockstep = Lockstep(module, self.units, self.streaming)
+        self.lockstep = self._make_lockstep(())
         self._hooks = self.lockstep.install()
         self._undo.append(self._take_off_lockstep)
         self._install()
@@ -555,8 +555,11 @@ class ZerothEngine:
     def _hang_lockstep(self, always: Collection[int]) -> None:
         """In the place of the one before."""
         self._take_off_lockstep()
-        self.lockstep = Lockstep(self.module, self.units, self.streaming, always=always)
+        self.lockstep = self._make_lockstep(always)
         self._hooks = self.lockstep.install()
+
+    def _make_lockstep(self, always: Collection[int]) -> Lockstep:
+        return Lockstep(self.module, self.units, self.streaming, always=always)
 
     def _take_off_lockstep(self) -> None:
         while self._hooks:
@@ -593,7 +596,8 @@ def _means(sums: Sequence[tuple[int, list[float]]]) -> tuple[list[float], list[f
 
 def _slopes(plus: Sequence[float], minus: Sequence[float], eps: float) -> list[float]:
     """``(l+ - l-) / (2 eps)`` in fp32, as MeZO has it."""
-    slopes: list[float] = ((torch.tensor(plus) - torch.tensor(minus)) / (2 * eps)).tolist()
+    above, below = (torch.tensor(losses, dtype=torch.float32) for losses in (plus, minus))
+    slopes: list[float] = ((above - below) / (2 * eps)).tolist()
     return slopes
 
 

@@ -169,7 +169,7 @@ def _words(draw: Draw, first: int, end: int, lanes: str, device: torch.device) -
 
 def _popcount(draw: Draw, first: int, end: int, device: torch.device) -> Tensor:
     (a, b, c, d), skip = _words(draw, first, end, "popcount", device)
-    z = torch.empty(len(a), 2, device=device)
+    z = torch.empty(len(a), 2, dtype=torch.float32, device=device)
     for lane, (high, low) in enumerate(((a, b), (c, d))):
         z[:, lane] = _bits_set(high.bitwise_left_shift_(32).bitwise_or_(low))
     return z.sub_(32).mul_(0.25).flatten()[skip : skip + end - first]
@@ -186,7 +186,7 @@ def _bits_set(x: Tensor) -> Tensor:
 
 def _gaussian(draw: Draw, first: int, end: int, device: torch.device) -> Tensor:
     words, skip = _words(draw, first, end, "gaussian", device)
-    z = torch.empty(len(words[0]), 4, device=device)
+    z = torch.empty(len(words[0]), 4, dtype=torch.float32, device=device)
     for lane in (0, 2):
         radius = words[lane].float().add_(1).mul_(2**-32).log_().mul_(-2).sqrt_()
         angle = words[lane + 1].float().mul_(2 * math.pi * 2**-32)

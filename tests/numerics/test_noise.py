@@ -99,6 +99,16 @@ def test_tiles_and_threads_do_not_matter(kind: str, wholes: dict[str, Tensor], m
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("distribution", list(LANES)[:3])
+def test_the_default_dtype_does_not_matter(distribution: module.Distribution) -> None:
+    wanted = noise(Draw(3, 1, 2), 0, 1000, distribution, device="cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(noise(Draw(3, 1, 2), 0, 1000, distribution, device="cpu"), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @every_distribution
 def test_a_dtype_is_the_rounding_of_fp32(distribution: module.Distribution) -> None:
     wide = noise(DRAW, 3, 9000, distribution, device="cpu")
