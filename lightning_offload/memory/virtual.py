@@ -132,8 +132,8 @@ class VirtualLanes:
 
     Args:
         machine: What is imitated; its rates are needed.
-        counting_as: Context in which buffers are made: "slots" on the device; ``None`` in host memory, which whoever
-            counts device memory leaves out.
+        counting_as: Context in which buffers are made: on the device "slots", "scratch" or "resident weights", by
+            their names; ``None`` in host memory, which whoever counts device memory leaves out.
         pin: Whether host memory is page-locked, as far as the machine allows.
 
     Raises:
@@ -168,7 +168,7 @@ class VirtualLanes:
     def buffers(self, name: str, sizes: Sequence[int], dtype: torch.dtype, place: Place) -> list[Tensor]:
         """See ``Lanes.buffers``; to be called in the fake mode of the run."""
         if place == "device":
-            with self._counting_as("slots"):
+            with self._counting_as(_kind_of(name)):
                 return [torch.empty(size, dtype=dtype, device=self.device) for size in sizes]
         locked = self._memory.count(name, sizes, dtype, pinned=place == "pinned")
         with self._counting_as(None):
@@ -332,3 +332,8 @@ class VirtualLanes:
     def _share(self, lane: str, start_s: float) -> float:
         other = {"h2d": "d2h", "d2h": "h2d"}.get(lane)
         return self._rates.duplex if other is not None and self._queues[other].free_s > start_s else 1.0
+
+
+def _kind_of(name: str) -> str:
+    """What a device buffer of this name holds."""
+    return "scratch" if name == "scratch" else "resident weights" if ".resident." in name else "slots"
