@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_offload.callbacks import OffloadStats, OffloadSummary
-from lightning_offload.mixins import LSPMixin, OffloadMixin
+from lightning_offload.method_mixins import LSPMixin, ZO2Mixin
+from lightning_offload.mixins import OffloadMixin
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.registry import register
 from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy
@@ -31,6 +32,7 @@ __all__ = [
     "OffloadSummary",
     "OffloadTimeline",
     "Plan",
+    "ZO2Mixin",
     "ZO2OffloadStrategy",
     "export_to_hf",
     "plan",

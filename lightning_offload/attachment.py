@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -15,16 +15,17 @@ from typing_extensions import override
 
 from lightning_offload.attaching import attach, look_for_readers, make_lanes
 from lightning_offload.calibration import Calibration
-from lightning_offload.methods.base import Clip
+from lightning_offload.methods.base import Attached, Clip, DTypes
 from lightning_offload.methods.engine import Engine
-from lightning_offload.methods.method import Method
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.resuming import pack, unpack
 from lightning_offload.windows import Window
 
+AnyEngine = TypeVar("AnyEngine", bound=Attached)
 
-class Attachment(Callback):
-    """Puts an engine in the place of ``optimizer.step`` for the time of a fit; every step waits for its weights.
+
+class Attachment(Callback, Generic[AnyEngine]):
+    """Puts an engine in the place of ``optimizer.step`` for the time of a fit.
 
     Attributes:
         engine: Of the running, or of the last, fit.
@@ -32,15 +33,13 @@ class Attachment(Callback):
     """
 
     def __init__(self) -> None:
-        self.engine: Engine | None = None
+        self.engine: AnyEngine | None = None
         self.clip: Clip | None = None
         self._window = Window()
-        self._pending: Mapping[str, Tensor] = {}
-        self._torn = False
         self._put_back: Callable[[], object] = bool
 
     @staticmethod
-    def of(trainer: Trainer) -> Attachment | None:
+    def of(trainer: Trainer) -> Attachment[Any] | None:
         """The Trainer's, if it has one."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, Attachment)), None)
@@ -48,20 +47,95 @@ class Attachment(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
-        self.engine, self._pending, self._torn = None, {}, False
-        make: Callable[[], Method] | None = getattr(pl_module, "offload_own_method", None)
+        self.engine = None
+        make: Callable[[], Any] | None = getattr(pl_module, "offload_own_method", None)
         if make is None:
             return
-        who, method, device = type(pl_module).__name__, make(), pl_module.device
+        who, method = type(pl_module).__name__, make()
         _check_strategy(trainer, who)
         dtypes = OffloadPrecision.from_plugin(trainer.precision_plugin, who).dtypes(method)
-        self._calibration = Calibration(getattr(pl_module, "offload_calibration", None), method.settings)
-        self.engine = attach(who, trainer, pl_module, method, dtypes, device, partial(make_lanes, device))
-        self._window = look_for_readers(who, trainer, pl_module, method.settings)
-        self._take_step()
+        self.engine = self._attach(who, trainer, pl_module, method, dtypes)
+        self._take_step(trainer.strategy.optimizers[0])
         states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states")
         if states is not None:
-            self._pending = unpack(self.engine, self._calibration, states)
+            self._load(self.engine, states)
+
+    def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> AnyEngine:
+        """An engine, and the window of this fit."""
+        raise NotImplementedError
+
+    def _load(self, engine: AnyEngine, states: list[dict[str, Any]]) -> None:
+        """Continue from the optimizer states of a checkpoint."""
+        raise NotImplementedError
+
+    def _step(self, engine: AnyEngine, clip: Clip | None) -> None:
+        """What the optimizer's step is."""
+        raise NotImplementedError
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether somebody looks at ``p.grad``, where gradients then stay until the step."""
+        return bool(self._window.gradients)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def _take_step(self, optimizer: Any) -> None:
+        before = optimizer.__dict__.get("step")
+
+        def put_back() -> None:
+            optimizer.__dict__.pop("step")
+            if before is not None:  # a scheduler's wrapper
+                optimizer.step = before
+
+        def step(closure: Callable[[], Any] | None = None) -> Any:
+            assert self.engine is not None
+            result = closure() if closure is not None else None
+            clip, self.clip = self.clip, None
+            self._step(self.engine, clip)
+            optimizer._opt_called = True  # what torch's schedulers look for
+            return result
+
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedulers look for their own wrapper
+        optimizer.step, self._put_back = step, put_back
+
+    def _detach(self) -> None:
+        """State stays readable: a checkpoint may be saved after fit."""
+        put_back, self._put_back = self._put_back, bool
+        put_back()
+        if self.engine is not None:
+            self.engine.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The engine stays behind."""
+        return {**type(self)().__dict__}
+
+
+class GradientAttachment(Attachment[Engine]):
+    """Of a method with gradients; every step waits for its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: Mapping[str, Tensor] = {}
+        self._torn = False
+
+    @override
+    def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> Engine:
+        self._pending, self._torn = {}, False
+        self._calibration = Calibration(getattr(module, "offload_calibration", None), method.settings)
+        device = module.device
+        engine = attach(who, trainer, module, method, dtypes, device, partial(make_lanes, device))
+        self._window = look_for_readers(who, trainer, module, method.settings)
+        return engine
+
+    @override
+    def _load(self, engine: Engine, states: list[dict[str, Any]]) -> None:
+        self._pending = unpack(engine, self._calibration, states)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,11 +164,6 @@ class Attachment(Callback):
         yield
         self._torn = last
 
-    @property
-    def sees_gradients(self) -> bool:
-        """Whether somebody looks at ``p.grad``, where gradients then stay until the step."""
-        return bool(self._window.gradients)
-
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """As an offload strategy does it: either continues from the other's checkpoint."""
@@ -102,50 +171,11 @@ class Attachment(Callback):
             checkpoint["optimizer_states"] = [pack(self.engine, self._calibration, torn=self._torn)]
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def _take_step(self) -> None:
-        optimizer: Any = self.engine.optimizer if self.engine is not None else None
-        before = optimizer.__dict__.get("step")
-
-        def put_back() -> None:
-            optimizer.__dict__.pop("step")
-            if before is not None:  # a scheduler's wrapper
-                optimizer.step = before
-
-        def step(closure: Callable[[], Any] | None = None) -> Any:
-            return self._step(closure)
-
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedulers look for their own wrapper
-        optimizer.step, self._put_back = step, put_back
-
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
-        engine = self.engine
-        assert engine is not None
-        result = closure() if closure is not None else None
-        clip, self.clip = self.clip, None
+    def _step(self, engine: Engine, clip: Clip | None) -> None:
         engine.step(clip)
         engine.flush()
         self._torn = False
         self._calibration.stepped()
-        engine.optimizer._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
-        return result
-
-    def _detach(self) -> None:
-        """State stays readable: a checkpoint may be saved after fit."""
-        put_back, self._put_back = self._put_back, bool
-        put_back()
-        if self.engine is not None:
-            self.engine.detach()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The engine stays behind."""
-        return {**Attachment().__dict__}
 
 
 def _check_strategy(trainer: Trainer, who: str) -> None:

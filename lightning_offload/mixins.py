@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_offload.attachment import Attachment
-from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.attachment import Attachment, GradientAttachment
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.methods.base import Clip
-from lightning_offload.methods.lsp import LSP, LSPSettings
-from lightning_offload.methods.method import Method
+from lightning_offload.zeroth_attachment import ZerothAttachment
+from lightning_offload.zeroth_behaviour import ZerothBehaviour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +81,14 @@ class OffloadMixin:
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch; the last of an accumulation window also steps."""
-        loss = self.offload_step(lambda: self.loss(batch, batch_idx))
+        loss = self._take_part(lambda part: self.loss(part, batch_idx), batch)
         self._module.log("train/loss", loss, prog_bar=True)
         return loss
 
     def offload_step(self, closure: Callable[[], Tensor]) -> Tensor:
         """Forward and backward of ``closure``; optimizer step and schedulers when the window is full.
+
+        Under method ``zo2`` it is forward alone, called several times; micro-batches of a window then count alike.
 
         Args:
             closure: Returns the loss of one micro-batch.
@@ -99,21 +100,25 @@ class OffloadMixin:
             MisconfigurationException: Several optimizers.
             ValueError: A setting in ``offload`` that cannot work.
         """
+        return self._take_part(lambda _: closure(), None)
+
+    def _take_part(self, run: Callable[[Any], Tensor], batch: Any) -> Tensor:
         module, settings = self._module, self._step_settings
         window, optimizer = settings.accumulate_grad_batches, self._optimizer
         batch_idx = module.trainer.fit_loop.epoch_loop.batch_idx
         ends_epoch = module.trainer.is_last_batch or batch_idx + 1 >= module.trainer.num_training_batches
         last = (batch_idx + 1) % window == 0 or ends_epoch
-        attachment = self._attachment
-        with attachment.micro_batch(last=last) if attachment is not None else nullcontext():
-            loss = closure()
-        if batch_idx % window == 0:
-            optimizer.zero_grad()
+        zeroth = self._zeroth
+        if zeroth is not None:
+            loss = zeroth.micro_batch(run, batch)
+        else:
+            loss = self._forward(run, batch, last)
+            if batch_idx % window == 0:
+                optimizer.zero_grad()
         # autocast and a 16-bit default dtype must not reach the step, which Lightning runs inside them here
         with torch.autocast(module.device.type, enabled=False), default_dtype(torch.float32):
-            self._begin(last)
-            with attachment.backward(last=last) if attachment is not None else nullcontext():
-                module.manual_backward(loss / window)
+            if zeroth is None:
+                self._backward(loss / window, last)
             if last:
                 self._step(optimizer, settings)
         if last:
@@ -121,6 +126,18 @@ class OffloadMixin:
         if ends_epoch:
             self._step_schedulers("epoch", module.trainer.current_epoch + 1)
         return loss.detach()
+
+    def _forward(self, run: Callable[[Any], Tensor], batch: Any, last: bool) -> Tensor:
+        attachment = self._attachment
+        with attachment.micro_batch(last=last) if isinstance(attachment, GradientAttachment) else nullcontext():
+            return run(batch)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        strategy, attachment = self._module.trainer.strategy, self._attachment
+        if isinstance(strategy, GradientBehaviour):
+            strategy.begin_micro_batch(last=last)
+        with attachment.backward(last=last) if isinstance(attachment, GradientAttachment) else nullcontext():
+            self._module.manual_backward(loss)
 
     @property
     def _module(self) -> LightningModule:
@@ -148,14 +165,17 @@ class OffloadMixin:
         return optimizer
 
     @property
-    def _attachment(self) -> Attachment | None:
+    def _attachment(self) -> Attachment[Any] | None:
         """What steps under a plain strategy, where the module has a method of its own."""
         return None
 
-    def _begin(self, last: bool) -> None:
-        strategy = self._module.trainer.strategy
-        if isinstance(strategy, GradientBehaviour):
-            strategy.begin_micro_batch(last=last)
+    @property
+    def _zeroth(self) -> ZerothBehaviour | ZerothAttachment | None:
+        """What runs several forwards for a loss, where the method has no backward."""
+        strategy, attachment = self._module.trainer.strategy, self._attachment
+        if isinstance(strategy, ZerothBehaviour):
+            return strategy
+        return attachment if isinstance(attachment, ZerothAttachment) else None
 
     def _step(self, optimizer: LightningOptimizer, settings: StepSettings) -> None:
         attachment = self._attachment
@@ -178,61 +198,6 @@ class OffloadMixin:
                 )
             if config.interval == interval and count % config.frequency == 0:
                 self._module.lr_scheduler_step(config.scheduler, None)
-
-
-class LSPMixin(OffloadMixin):
-    """``OffloadMixin`` for modules that are trained by method ``lsp``, whatever the strategy.
-
-    ::
-
-        class LitModel(LSPMixin, L.LightningModule):
-            offload = dict(dim=0.25, accumulate_grad_batches=4)
-
-    Under ``lsp_offload`` the strategy does the work. Under a plain strategy of one device the module brings its own
-    engine and gives the same numbers without hiding anything: the update rule by itself. Checkpoints of one continue
-    in the other. Those who override ``configure_callbacks`` must add what ``super()`` returns.
-
-    Attributes:
-        offload: Settings of the step and of ``LSPSettings`` by name, and ``calibration_dataloader``.
-    """
-
-    offload_method: ClassVar[str] = LSP.name
-    _of_method = frozenset({field.name for field in fields(LSPSettings)} | {"calibration_dataloader"})
-
-    @property
-    def method_settings(self) -> dict[str, Any]:
-        """What ``offload`` says of the method."""
-        names = {field.name for field in fields(LSPSettings)}
-        return {name: value for name, value in self.offload.items() if name in names}
-
-    @property
-    def offload_calibration(self) -> Any:
-        """Batches for ``calibration="batch"``, or None."""
-        return self.offload.get("calibration_dataloader")
-
-    def offload_own_method(self) -> Method:
-        """The method, for a strategy that brings none."""
-        return LSP(LSPSettings(**self.method_settings))
-
-    def configure_callbacks(self) -> list[Callback]:
-        """What steps under a plain strategy."""
-        trainer = self._module.trainer
-        if isinstance(trainer.strategy, OffloadBehaviour) or Attachment.of(trainer) is not None:
-            return []
-        return [Attachment()]
-
-    @property
-    def _attachment(self) -> Attachment | None:
-        trainer = self._module.trainer
-        if isinstance(trainer.strategy, OffloadBehaviour):
-            return None
-        attachment = Attachment.of(trainer)
-        if attachment is None:
-            raise MisconfigurationException(
-                f"`{type(self).__name__}.configure_callbacks` left out what `LSPMixin` steps with: return "
-                "`[*super().configure_callbacks(), ...]`"
-            )
-        return attachment
 
 
 @contextmanager

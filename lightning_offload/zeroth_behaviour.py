@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.errors import OffloadError
-from lightning_offload.memory.blocks import partition
-from lightning_offload.memory.budget import Machine
 from lightning_offload.methods.forwards import StreamedForwards
 from lightning_offload.methods.steplog import Entry, LogFile
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
-from lightning_offload.parts import parts_of, weight_of
-from lightning_offload.resuming import EXTRAS, chosen_before
-from lightning_offload.windows import find_window
+from lightning_offload.zeroth_attaching import (
+    attach_zeroth,
+    look_for_zeroth_readers,
+    pack_zeroth,
+    resolved,
+    run_micro_batch,
+    unpack_zeroth,
+)
 
 
 class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
@@ -61,52 +60,35 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
 
     @override
     def _prepare_forwards(self, trainer: Trainer) -> None:
-        module = self.lightning_module
+        module, method = self.lightning_module, self._method()
         assert module is not None
-        machine, method, units = self._resolved(trainer, module)
-        lanes = self._make_lanes(machine, method.settings)
-        self._forwards = StreamedForwards(module, method, lanes, self.precision_plugin.dtypes(method), units)
+        dtypes = self.precision_plugin.dtypes(method)
+        machine, units = resolved(self.strategy_name, trainer, module, method, dtypes, self.root_device)
+        self._forwards = StreamedForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)
 
     @override
     def _attach(self, trainer: Trainer) -> None:
-        module = self.lightning_module
+        module, method = self.lightning_module, self._method()
         assert module is not None
-        _check_module(module)
-        machine, method, units = self._resolved(trainer, module)
-        self.engine = ZerothEngine(
+        self.engine = attach_zeroth(
+            self.strategy_name,
+            trainer,
             module,
-            self.optimizers[0],
             method,
-            self._make_lanes(machine, method.settings),
             self.precision_plugin.dtypes(method),
-            machine=machine,
+            self.root_device,
+            self._make_lanes,
             uses=self.uses,
-            units=units,
         )
-        self._window = find_window(trainer, module)
+        self._window = look_for_zeroth_readers(self.strategy_name, trainer, module)
         self._resumed = False
         self.precision_plugin.records_clip = True
-        if self._window.weights:
-            rank_zero_info(
-                f"{self.strategy_name}: {', '.join(self._window.weights)} may look at weights between steps, so every "
-                "step brings all of them up once more for its update. Move that to `on_validation_start` to save it."
-            )
-        if self._window.gradients:
+        if self.log_file is not None and self._window.may_write:
+            hooks = ", ".join((*self._window.weights, *self._window.epochs, *self._window.boundaries))
             rank_zero_warn(
-                f"{self.strategy_name}: {', '.join(self._window.gradients)} will find no gradients: zo2 has none."
+                f"{self.strategy_name}: {hooks} may write weights, of which `log_file` will know nothing: then it does "
+                "not give the weights of this run."
             )
-
-    def _resolved(self, trainer: Trainer, module: LightningModule) -> tuple[Machine, ZO2, list[Any]]:
-        method = self._method()
-        asked = method.settings
-        machine = Machine.detect(self.root_device)
-        machine = machine.capped(device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes)
-        units = partition(module, asked.blocks)
-        for reason in method.resolve(
-            units, machine, self.precision_plugin.dtypes(method), before=chosen_before(trainer)
-        ):
-            rank_zero_info(f"{self.strategy_name}: {reason}")
-        return machine, method, units
 
     @override
     def _convert(self) -> None:
@@ -143,17 +125,22 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        with self.precision_plugin.train_step_context():
+            if not module.automatic_optimization:  # a mixin: it calls `micro_batch`
+                return module.training_step(batch, *args, **kwargs)
+            return self.micro_batch(lambda part: module.training_step(part, *args, **kwargs), batch)
+
+    def micro_batch(self, run: Callable[[Any], Any], batch: Any) -> Tensor:
+        """Every forward of a micro-batch; see ``run_micro_batch``."""
         engine, module = self.engine, self.lightning_module
         assert engine is not None
         assert module is not None
         if self._adopt_due or self._window.weights:
             self._adopt_due = False
             engine.adopt()
-        parts = parts_of(batch, self.settings.micro_batches)
-        with self.precision_plugin.train_step_context(), _mode(module, train=self.settings.train_mode):
-            return engine.micro_batch(
-                lambda part: _loss(module.training_step(part, *args, **kwargs)), parts, [weight_of(p) for p in parts]
-            )
+        return run_micro_batch(engine, module, run, batch)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -206,7 +193,7 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self.engine is None:
             return super().optimizer_state(optimizer)
-        return self.engine.optimizer_state() | {EXTRAS: self.engine.extras()}
+        return pack_zeroth(self.engine)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -214,52 +201,8 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
             super().load_optimizer_state_dict(checkpoint)
             return
         self._resumed = True
-        (state,) = checkpoint["optimizer_states"]
-        self.engine.load_optimizer_state(state)
-        if EXTRAS in state:
-            self.engine.load_extras(state[EXTRAS])
+        unpack_zeroth(self.engine, checkpoint["optimizer_states"])
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_forwards": None, "_log": None}
-
-
-def _check_module(module: LightningModule) -> None:
-    who = type(module).__name__
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"`{who}` steps by itself (`automatic_optimization = False`), but `zo2_offload` has no gradients that a "
-            "`manual_backward` could make. Derive it from `ZO2Mixin` and write `loss`, or use automatic optimization."
-        )
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        raise MisconfigurationException(
-            f"`{who}.training_step` takes `dataloader_iter`, but `zo2_offload` runs each batch several times. Take "
-            "`batch` instead."
-        )
-
-
-def _loss(output: Any) -> Tensor:
-    """Of what a `training_step` returned."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise OffloadError(
-            f"`training_step` returned {type(output).__name__}; `zo2_offload` needs the loss of every batch, a tensor "
-            "or a dictionary with 'loss'"
-        )
-    return loss
-
-
-@contextmanager
-def _mode(module: nn.Module, *, train: bool) -> Iterator[None]:
-    """Around the forwards of a step: ``eval()`` as MeZO has it, or as it is; afterwards as before."""
-    if train:
-        yield
-        return
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -51,19 +51,21 @@ RULES = {
         "methods calibration resuming attaching behaviour",
         "torch lightning typing_extensions",
     ),
-    "zeroth_behaviour": May(
-        "errors memory methods windows resuming parts behaviour",
-        "torch lightning typing_extensions",
-    ),
+    "zeroth_attaching": May("errors memory methods windows resuming parts", "torch lightning"),
+    "zeroth_behaviour": May("methods behaviour zeroth_attaching", "torch lightning typing_extensions"),
     "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
+    "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
     "strategies": May("behaviour gradient_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"),
     "registry": May("strategies", "lightning"),
-    "mixins": May("behaviour gradient_behaviour attachment methods", "torch lightning"),
+    "mixins": May("gradient_behaviour zeroth_behaviour attachment zeroth_attachment methods", "torch lightning"),
+    "method_mixins": May("behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
     "callbacks": May("behaviour attaching attachment memory methods", "torch lightning typing_extensions"),
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
-    "planning": May("errors memory methods timeline", "torch", "yaml .text"),
-    "__init__": May("registry strategies precision mixins callbacks tracing", "", ".export .planning .replaying"),
+    "planning": May("errors memory methods parts timeline", "torch", "yaml .text"),
+    "__init__": May(
+        "registry strategies precision mixins method_mixins callbacks tracing", "", ".export .planning .replaying"
+    ),
     "replaying": May("errors methods numerics", "torch"),
     "export": May("errors checkpoint", "torch", "transformers safetensors"),
     "bench": May(

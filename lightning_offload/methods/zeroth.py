@@ -170,7 +170,7 @@ class Perturbed(Streaming):
         return (self.streams[stream].direction, self.streams[stream].sign) if self.streams else None
 
     def _version(self, berth: Berth) -> Hashable:
-        return (berth.device_seen, self.step)
+        return (berth.device_seen, self.step, self.seed)  # a step that was dropped is begun anew with another seed
 
 
 class ZerothEngine:
@@ -292,6 +292,7 @@ class ZerothEngine:
         assert seed is not None
         plus, minus = _means(sums)
         slopes = _slopes(plus, minus, self.method.settings.eps)
+        finite = all(map(math.isfinite, slopes))
         if clip is not None:
             slopes = [max(-clip.value, min(clip.value, slope)) if slope == slope else slope for slope in slopes]
         self.report = replace(
@@ -303,7 +304,7 @@ class ZerothEngine:
             skipped=False,
             skipped_in_a_row=0,
         )
-        if self.method.settings.skip_nonfinite and not all(map(math.isfinite, slopes)):
+        if self.method.settings.skip_nonfinite and not finite:
             self._skip()
             return
         entries = self._entries(seed, slopes)
@@ -399,8 +400,6 @@ class ZerothEngine:
         """
         self.adopt()
         self.streaming.skip_to_head()
-        if extras[METHOD] != self.method.name:
-            return
         asked, held = self.method.decisive(), extras[SETTINGS]
         if changed := [name for name in asked if held.get(name, asked[name]) != asked[name]]:
             name = changed[0]
