@@ -54,10 +54,11 @@ def mandatory(group: str, option: str) -> list[str]:
     """What the file leaves to the user."""
     if option == "by_shape":
         return ["model.config={model_type: gpt2, n_layer: 2}"]
-    if (group, option) == ("experiment", "lsp_gsm8k"):
-        return ["data.path=somewhere"]
-    needs_path = {"model": ["pretrained"], "data": ["text", "jsonl", "gsm8k", "sst2"]}
-    return [f"{group}.path=somewhere"] if option in needs_path.get(group, []) else []
+    needs_path = {
+        "model": {"model": ["pretrained"], "experiment": ["zo2_sst2"]},
+        "data": {"data": ["text", "jsonl", "gsm8k", "sst2"], "experiment": ["lsp_gsm8k", "zo2_sst2"]},
+    }
+    return [f"{key}.path=somewhere" for key, files in needs_path.items() if option in files.get(group, [])]
 
 
 @pytest.mark.parametrize(("group", "option"), FILES, ids=lambda value: value)
@@ -161,7 +162,8 @@ def test_trainers_are_built(group: str) -> None:
     for option in GROUPS[group]:
         if (group, option) == ("logger", "tensorboard"):
             pytest.importorskip("tensorboard", reason="logger=tensorboard needs tensorboard")
-        trainer = trainer_from(composed(f"{group}={option}"))
+        of_method = ["method=zo2"] if option == "16-true" else []
+        trainer = trainer_from(composed(f"{group}={option}", *of_method))
         assert trainer.precision_plugin.precision == (option if group == "precision" else "32-true")
         assert trainer.num_devices == 1
 
@@ -183,7 +185,10 @@ def test_a_precision_on_the_command_line_wins_over_the_hardware() -> None:
     assert composed("hardware=cpu", "precision=bf16-true").precision.precision == "bf16-true"
 
 
-DEPARTS = {"lsp_paper": {"preset": "paper", "share": "type", "fit_lr": 0.05}}
+DEPARTS = {
+    "lsp_paper": {"preset": "paper", "share": "type", "fit_lr": 0.05},
+    "zo2": {"log_file": "runs/a-1/zo2.log"},
+}
 """Where a file of a method is not at the strategy's defaults."""
 
 
@@ -195,6 +200,29 @@ def test_method_settings_are_those_of_the_strategy(option: str) -> None:
     parameters = inspect.signature(get_class(node._target_)).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.name not in of_lightning}
     assert given == defaults | DEPARTS.get(option, {})
+
+
+@pytest.mark.parametrize(("model", "lr"), [("tiny", 6e-4), ("pretrained", 1e-6), ("opt_175b", 1e-6)])
+def test_zo2_brings_what_it_needs_and_what_is_given_wins(model: str, lr: float) -> None:
+    given = [f"model={model}", *mandatory("model", model), "method=zo2"]
+    cfg = composed(*given)
+    assert (cfg.lr, cfg.optimizer.lr, cfg.optimizer.momentum) == (lr, lr, 0.0)
+    assert cfg.optimizer._target_ == "torch.optim.SGD"
+    assert cfg.trainer.gradient_clip_val is None
+    assert [HydraConfig.get().runtime.choices[group] for group in ("data", "scheduler")] == ["facts", "constant"]
+    other = composed(*given, "data=python_docs", "scheduler=linear", "lr=0.5", "trainer.max_steps=3")
+    assert (other.optimizer.lr, other.trainer.max_steps) == (0.5, 3)
+    assert [HydraConfig.get().runtime.choices[group] for group in ("data", "scheduler")] == ["python_docs", "linear"]
+
+
+def test_zo2_sst2_is_the_protocol_of_mezo() -> None:
+    cfg = composed("experiment=zo2_sst2", *mandatory("experiment", "zo2_sst2"))
+    data, strategy = cfg.data, cfg.trainer.strategy
+    assert (data.train_examples, data.val_examples, data.test_examples, data.batch_size) == (1000, 500, 1000, 16)
+    assert (strategy.eps, strategy.directions, strategy.train_mode) == (1e-3, 1, False)
+    assert (cfg.lr, cfg.optimizer.weight_decay, cfg.trainer.max_steps) == (1e-6, 0.0, 20_000)
+    assert HydraConfig.get().runtime.choices.scheduler == "constant"
+    assert cfg.trainer.accumulate_grad_batches == 1
 
 
 def test_lsp_is_the_default_and_its_paper_rounds_to_nearest() -> None:
