@@ -301,12 +301,12 @@ class ZerothEngine:
             loss_plus=math.fsum(plus) / len(plus),
             loss_minus=math.fsum(minus) / len(minus),
             coefficient=sum(slopes) / len(slopes),
-            skipped=False,
-            skipped_in_a_row=0,
+            skipped=self.method.settings.skip_nonfinite and not finite,
         )
-        if self.method.settings.skip_nonfinite and not finite:
+        if self.report.skipped:
             self._skip()
             return
+        self.report = replace(self.report, skipped_in_a_row=0)
         entries = self._entries(seed, slopes)
         self.log += entries
         self.streaming.push(entries)
@@ -504,7 +504,6 @@ class ZerothEngine:
         report = self.report
         self.report = replace(
             report,
-            skipped=True,
             skipped_in_a_row=report.skipped_in_a_row + 1,
             skipped_total=report.skipped_total + 1,
         )
