@@ -16,8 +16,13 @@ from lightning_offload.attaching import dims
 from lightning_offload.attachment import Attachment
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import GIB
+from lightning_offload.memory.lanes import nbytes
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.streaming import Berth
+from lightning_offload.methods.zeroth import ZerothEngine, ZerothReport
+
+AnyEngine = Engine | ZerothEngine
 
 
 class OffloadStats(Callback):
@@ -26,7 +31,8 @@ class OffloadStats(Callback):
     Bar columns: ``tok/s`` (``samples/s`` where batches have no ``input_ids``), ``device GiB`` (peak), ``host GiB``, and
     on a GPU the link's ``d2h GB/s`` and ``h2d GB/s`` over the wall time. Logged besides: the same rates, gradient norm,
     clip coefficient, skipped steps. On a GPU the last three belong to the newest step the host has finished, which
-    may be the one before.
+    may be the one before. Of `zo2`: the mean of l+ and l- (the bar has it too), the projected gradient, skipped steps,
+    and the bytes of weights that are streamed and that stay.
 
     Args:
         every_n_steps: Optimizer steps between two rows.
@@ -57,25 +63,23 @@ class OffloadStats(Callback):
         bar = {f"{unit}/s": self._counted / elapsed} | memory_gib(engine, pl_module.device)
         if engine is not None and pl_module.device.type == "cuda":
             bar |= self._rates(engine, elapsed)
+        if isinstance(engine, ZerothEngine):
+            bar["loss +-"] = engine.report.loss
         pl_module.log_dict({key: float(value) for key, value in bar.items()}, prog_bar=True, logger=False)
-        row = {f"offload/{key.replace(' ', '_')}": value for key, value in bar.items()}
+        row = {f"offload/{key.replace(' ', '_')}": value for key, value in bar.items() if key != "loss +-"}
         if engine is not None:
             row |= {f"offload/{lane[:3]}_gb_per_s": rate for lane, rate in self._rates(engine, elapsed).items()}
-            row |= {
-                "offload/grad_norm": engine.report.grad_norm,
-                "offload/clip_coefficient": engine.report.clip_coefficient,
-                "offload/skipped_steps": float(engine.report.skipped_total),
-            }
+            row |= {f"offload/{key}": value for key, value in _of_step(engine).items()}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         self._restart(engine)
 
-    def _rates(self, engine: Engine, elapsed: float) -> dict[str, float]:
+    def _rates(self, engine: AnyEngine, elapsed: float) -> dict[str, float]:
         now, before = engine.lanes.ledger.snapshot(), self._before
         moved = {lane: now.get(lane, Total()).bytes - before.get(lane, Total()).bytes for lane in ("d2h", "h2d")}
         return {f"{lane} GB/s": nbytes / elapsed / 1e9 for lane, nbytes in moved.items()}
 
-    def _restart(self, engine: Engine | None) -> None:
+    def _restart(self, engine: AnyEngine | None) -> None:
         self._counted = 0
         self._since = perf_counter()
         self._before = engine.lanes.ledger.snapshot() if engine is not None else {}
@@ -94,10 +98,15 @@ class OffloadSummary(Callback):
             rank_zero_info(summary(engine))
 
 
-def summary(engine: Engine) -> str:
+def summary(engine: AnyEngine) -> str:
     """The table of ``OffloadSummary`` as text."""
-    rows: list[tuple[str, ...]] = [("unit", "parameters", "dtype", "trained on", "host MiB", "device MiB")]
-    rows += _merge([_unit_row(engine, index) for index in range(len(engine.units))])
+    zeroth = isinstance(engine, ZerothEngine)
+    columns = ("unit", "parameters", "dtype", "weights are" if zeroth else "trained on", "host MiB", "device MiB")
+    rows: list[tuple[str, ...]] = [columns]
+    if isinstance(engine, ZerothEngine):
+        rows += _merge([_berth_row(berth) for berth in engine.streaming.berths])
+    else:
+        rows += _merge([_unit_row(engine, index) for index in range(len(engine.units))])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(_align(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
@@ -105,16 +114,42 @@ def summary(engine: Engine) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     report = engine.lanes.memory.report()
-    settings = engine.method.settings
-    lines.append(
-        f"method {engine.method.name} with {engine.rule.name}; host {report.requested_bytes / GIB:.3f} GiB "
-        f"({report.locked_bytes / GIB:.3f} GiB page-locked), device {engine.device_bytes / GIB:.3f} GiB beside the "
-        f"weights, micro-batches accumulate on the {settings.accumulate}"
-    )
+    host = f"host {report.requested_bytes / GIB:.3f} GiB ({report.locked_bytes / GIB:.3f} GiB page-locked)"
+    lines.append(_last_line(engine, host))
     return "\n".join(lines)
 
 
-def memory_gib(engine: Engine | None, device: torch.device) -> dict[str, float]:
+def _last_line(engine: AnyEngine, host: str) -> str:
+    device = f"device {engine.device_bytes / GIB:.3f} GiB"
+    if isinstance(engine, ZerothEngine):
+        settings = engine.method.settings
+        return (
+            f"method {engine.method.name}, {settings.noise} noise, {2 * settings.directions} forwards per micro-batch; "
+            f"{host}, {device}: resident weights, {settings.slots - 1} slots and what forwards see"
+        )
+    return (
+        f"method {engine.method.name} with {engine.rule.name}; {host}, {device} beside the weights, micro-batches "
+        f"accumulate on the {engine.method.settings.accumulate}"
+    )
+
+
+def _of_step(engine: AnyEngine) -> dict[str, float]:
+    """What the last step did, by name."""
+    report, skipped = engine.report, {"skipped_steps": float(engine.report.skipped_total)}
+    if isinstance(report, ZerothReport):
+        held = {berth: nbytes(berth.stored) for berth in engine.streaming.berths}  # type: ignore[union-attr]
+        resident = sum(size for berth, size in held.items() if berth.resident)
+        return {
+            "loss": report.loss,
+            "projected_gradient": report.coefficient,
+            **skipped,
+            "streamed_gib": (sum(held.values()) - resident) / GIB,
+            "resident_gib": resident / GIB,
+        }
+    return {"grad_norm": report.grad_norm, "clip_coefficient": report.clip_coefficient, **skipped}
+
+
+def memory_gib(engine: AnyEngine | None, device: torch.device) -> dict[str, float]:
     """Most device memory that torch has held so far, and the host memory of the arenas."""
     used = {}
     if device.type == "cuda":
@@ -146,6 +181,21 @@ def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
     )
 
 
+def _berth_row(berth: Berth) -> tuple[str, ...]:
+    """A unit of `zo2`."""
+    size, mib = nbytes(berth.stored), 1024**2
+    frozen = sum(leaf.parameter.numel() for leaf in berth.frozen)
+    where = "resident" if berth.resident else "streamed"
+    return (
+        berth.unit.name or "(root)",
+        f"{berth.unit.numel:,}",
+        ", ".join(sorted({str(rest.dtype).removeprefix("torch.") for rest in berth.stored})),
+        where + (f", {frozen:,} frozen" if frozen else ""),
+        f"{0 if berth.resident else size / mib:.1f}",
+        f"{size / mib if berth.resident else 0:.1f}",
+    )
+
+
 def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Neighbouring rows that differ in nothing but the name become one."""
     merged: list[list[tuple[str, ...]]] = []
@@ -164,10 +214,11 @@ def _align(cell: str, width: int, column: int) -> str:
     return cell.rjust(width) if column in (1, 4, 5) else cell.ljust(width)
 
 
-def _engine(trainer: Trainer) -> Engine | None:
+def _engine(trainer: Trainer) -> AnyEngine | None:
     strategy, attachment = trainer.strategy, Attachment.of(trainer)
     if isinstance(strategy, OffloadBehaviour):
-        return strategy.engine
+        engine: AnyEngine | None = strategy.engine
+        return engine
     return attachment.engine if attachment is not None else None
 
 
