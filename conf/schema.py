@@ -132,6 +132,17 @@ class Quality:
 
 
 @dataclass
+class Zeroth:
+    """`lightning_offload.bench.ZerothSettings`."""
+
+    arms: list[str] | None = None
+    forwards: int = MISSING
+    seeds: int = MISSING
+    folder: str = MISSING
+    gsm8k: str | None = None
+
+
+@dataclass
 class Bench:
     """`lightning-offload bench`."""
 
@@ -144,6 +155,7 @@ class Bench:
     training_rounds: int = MISSING
     steps: int = MISSING
     quality: Quality = field(default_factory=Quality)
+    zeroth: Zeroth = field(default_factory=Zeroth)
     output: str | None = None
 
 

@@ -53,7 +53,7 @@ def _settings(arm: str) -> dict[str, Any]:
 
 def _fitted(arm: str) -> tuple[Any, Fit, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The network after two steps, what trained it, the parameters that it had had, and their values before."""
-    network = deepcopy(quality_runs._pretrained())
+    network = deepcopy(quality_runs.pretrained())
     weights = dict(network.named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     fit = QUALITY_ARMS[arm].make(network, 1e-2, **_settings(arm))
@@ -94,7 +94,7 @@ def test_a_run_is_the_same_again_and_another_with_another_seed(arm: str) -> None
 def test_a_run_of_no_steps_measures_the_model_as_it_is() -> None:
     untrained = train(replace(RUN, steps=0))
     text = quality_runs.read_text(16, None)
-    assert untrained.loss == quality_runs.held_out_loss(quality_runs._pretrained(), text.test)
+    assert untrained.loss == quality_runs.held_out_loss(quality_runs.pretrained(), text.test)
     assert untrained.step_s == 0.0
 
 

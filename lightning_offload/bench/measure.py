@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median, quantiles, stdev
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -76,3 +77,8 @@ def ratio(samples: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """How much longer than ``base``, round by round: ``ratio``, and ``ratio_low`` and ``ratio_high`` around it."""
     spread = Spread.of([own / other for own, other in zip(samples, base, strict=True)])
     return {"ratio": spread.median, "ratio_low": spread.low, "ratio_high": spread.high}
+
+
+def seed_spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 where there is none."""
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from lightning_offload.bench.equal_loss import equal_loss, published_plans
-from lightning_offload.bench.measure import CannotRun
+from lightning_offload.bench.measure import CannotRun, seed_spread
 from lightning_offload.bench.quality_arms import QUALITY_ARMS
 from lightning_offload.bench.quality_runs import Cache, Result, Run
 from lightning_offload.bench.report import Row, Table
@@ -178,19 +177,15 @@ def quality_table(start: float, outcomes: Mapping[str, Outcome], title: str, not
             "host_kib": outcome.results[0].host_bytes / 1024,
             "lr": outcome.rate,
             "loss": fmean(outcome.losses),
-            "loss_std": _spread(outcome.losses),
+            "loss_std": seed_spread(outcome.losses),
             "gain_percent": 100 * (start - fmean(outcome.losses)) / (start - fmean(base)),
-            "gain_std": _spread(shares),
+            "gain_std": seed_spread(shares),
             "step_s": median(result.step_s for result in outcome.results),
         }
         rows.append(Row(name, values))
     described = [f"{name}: {QUALITY_ARMS[name].note}" for name in outcomes]
     about = f"loss before: {start:.4f}; gain: share of what AdamW gains on the same weights"
     return Table("quality", title, tuple(rows), (about, *described, *notes))
-
-
-def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
 
 
 def _in_processes(settings: QualitySettings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -131,7 +131,8 @@ def _documents(gsm8k: str | None) -> tuple[list[str], list[str]]:
 
 
 @cache
-def _pretrained() -> Any:
+def pretrained() -> Any:
+    """The shipped model; copy it before it is trained."""
     network = build_network(path=TINY_PATH, config=None, init="pretrained", dtype="float32")
     network.config._attn_implementation = "eager"  # at this size faster than the fused kernel's backward
     return network
@@ -139,11 +140,11 @@ def _pretrained() -> Any:
 
 def train(run: Run) -> Result:
     """Train on one thread, in bf16 autocast; the same for the same ``Run``."""
-    with _one_thread():
+    with one_thread():
         begun = process_time()
         torch.manual_seed(run.seed)
         text = read_text(run.length, run.gsm8k)
-        network = deepcopy(_pretrained())
+        network = deepcopy(pretrained())
         fit = QUALITY_ARMS[run.arm].make(network, run.rate, **run.settings)
         part = spread(text.val, CURVE_TOKENS)
         curve, seconds = [(0, held_out_loss(network, part))], []
@@ -202,7 +203,8 @@ def held_out_loss(network: Any, sequences: Tensor) -> float:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """As the processes beside this one do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -216,23 +218,24 @@ class Cache:
 
     Args:
         folder: Made where it is not there.
+        train: What takes a run to its result.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, train: Callable[[Any], Result] = train) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "quality.jsonl"
+        self.file, self._train = folder / "quality.jsonl", train
 
-    def result(self, run: Run) -> Result:
-        """Of this run: from the file, or trained now."""
+    def result(self, run: Any) -> Result:
+        """Of this run, a dataclass: from the file, or trained now."""
         found = self._read(run)
         if found is None:
-            found = train(run)
+            found = self._train(run)
             _log.info("%s: %.4f in %.0f s, lr %g, seed %d", run.arm, found.loss, found.cpu_s, run.rate, run.seed)
             with self.file.open("a") as file:
                 file.write(json.dumps({"run": asdict(run), "result": asdict(found)}) + "\n")
         return found
 
-    def _read(self, run: Run) -> Result | None:
+    def _read(self, run: Any) -> Result | None:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         wanted = asdict(run)
         for line in map(json.loads, lines):

@@ -18,6 +18,7 @@ from lightning_offload.bench.quality import QualitySettings, quality
 from lightning_offload.bench.report import Report, Row, Table, environment
 from lightning_offload.bench.simulated import beside_published, simulate
 from lightning_offload.bench.training import Workload, compare
+from lightning_offload.bench.zeroth import ZerothSettings, zeroth
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.rates import Rates
 
@@ -63,6 +64,7 @@ class BenchSettings:
         batch: Sequences per step, for these models.
         length: Tokens of each.
         quality: Of the section of that name.
+        zeroth: Likewise.
 
     Raises:
         ValueError: A section or a model that there is not, or a number below 1.
@@ -77,6 +79,7 @@ class BenchSettings:
     batch: int = 8
     length: int = 1024
     quality: QualitySettings = field(default_factory=QualitySettings)
+    zeroth: ZerothSettings = field(default_factory=ZerothSettings)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, naming the setting and what there is."""
@@ -173,7 +176,9 @@ def _needs_cuda(section: str) -> str | None:
     return None if torch.cuda.is_available() else f"there is no CUDA device; sections=[{section}] measures here"
 
 
-_WHOLE_TRAININGS = "it is over a hundred trainings of half a minute; sections=[quality] runs them"
+def _whole_trainings(section: str, many: str) -> str:
+    return f"it is {many} trainings of about a minute; sections=[{section}] runs them"
+
 
 SECTIONS: dict[str, Section] = {
     "rates": Section(_rates_table),
@@ -183,7 +188,10 @@ SECTIONS: dict[str, Section] = {
     "published": Section(lambda settings: beside_published()),
     "training": Section(_training, lambda: _needs_cuda("training")),
     "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
-    "quality": Section(lambda settings: quality(settings.quality), lambda: _WHOLE_TRAININGS),
+    "quality": Section(
+        lambda settings: quality(settings.quality), lambda: _whole_trainings("quality", "over a hundred")
+    ),
+    "zeroth": Section(lambda settings: zeroth(settings.zeroth), lambda: _whole_trainings("zeroth", "21")),
 }
 """By name, in the order of a run."""
 

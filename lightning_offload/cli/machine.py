@@ -23,13 +23,13 @@ def doctor(cfg: DictConfig) -> int:
 
 def bench(cfg: DictConfig) -> int:
     """Measure, print the tables, and write them as JSON and Markdown."""
-    from lightning_offload.bench import BenchSettings, QualitySettings, run_bench
+    from lightning_offload.bench import BenchSettings, QualitySettings, ZerothSettings, run_bench
 
     with user_errors():
         names = {field.name for field in fields(BenchSettings)}
         plain = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(plain, dict)
-        plain["quality"] = QualitySettings(**plain["quality"])
+        plain["quality"], plain["zeroth"] = QualitySettings(**plain["quality"]), ZerothSettings(**plain["zeroth"])
         settings = BenchSettings(**{str(name): value for name, value in plain.items() if name in names})
     folder = Path(cfg.output or HydraConfig.get().runtime.output_dir)
     run_bench(settings, folder)
