@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_offload.errors import RaceError
 from lightning_offload.memory.arena import HostMemory
