@@ -238,7 +238,7 @@ class DryRun:
         tape = self._recording = self._tape = Tape()
         self._seen_block = False
         self.meter.kind = "activations"
-        with explaining(type(self._twin.module).__name__, _OWN_STEP):
+        with explaining(type(self._twin.module).__name__, OWN_STEP):
             with self._context(), self.driver.micro_batch(last=last):
                 loss = self._step(self._twin.module, self._batch) / self._micro_batches
             tape.is_backward = True
@@ -341,7 +341,7 @@ class DryRun:
             yield
 
 
-_OWN_STEP = "Pass `step=`, a function (module, batch) -> loss that leaves this out."
+OWN_STEP = "Pass `step=`, a function (module, batch) -> loss that leaves this out."
 
 
 def costs(machine: Machine) -> Callable[[Work], float]:

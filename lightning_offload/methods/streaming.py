@@ -51,32 +51,47 @@ class Leaf:
 
 
 @dataclass(eq=False)
-class Slot:
-    """A device buffer that streamed units take in turn.
+class Buffer:
+    """Device memory in which the tensors of one unit lie one after the other.
 
     Attributes:
         buffer: Its bytes.
+    """
+
+    buffer: Tensor
+    _views: dict[tuple[tuple[int, torch.dtype], ...], list[Tensor]] = field(default_factory=dict, kw_only=True)
+
+    def carve(self, tensors: Iterable[tuple[int, torch.dtype]]) -> list[Tensor]:
+        """See ``carved``; units of one layout share the views."""
+        key = tuple(tensors)
+        if key not in self._views:
+            self._views[key] = carved(self.buffer, key)
+        return self._views[key]
+
+
+@dataclass(eq=False)
+class Slot(Buffer):
+    """A device buffer that streamed units take in turn.
+
+    Attributes:
         free: After these it may be overwritten.
         holds: Whose weights are in it, or on their way.
         used: When it was last taken; larger is later.
     """
 
-    buffer: Tensor
     free: list[Event] = field(default_factory=list)
     holds: Berth | None = None
     used: int = 0
 
 
 @dataclass(eq=False)
-class Scratch:
+class Scratch(Buffer):
     """A device buffer for what a forward sees of one unit.
 
     Attributes:
-        buffer: Its bytes.
         holds: What it has been filled with.
     """
 
-    buffer: Tensor
     holds: Hashable = None
 
 
@@ -107,7 +122,6 @@ class Berth:
     host_seen: int = 0
     device_seen: int = 0
     own: dict[Hashable, Scratch] | None = None
-    _views: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Leaf]:
@@ -125,10 +139,7 @@ class Berth:
         if self.resident:
             return self.stored
         assert self.slot is not None
-        key = id(self.slot)
-        if key not in self._views:
-            self._views[key] = carved(self.slot.buffer, [(rest.numel(), rest.dtype) for rest in self.stored])
-        return self._views[key]
+        return self.slot.carve((rest.numel(), rest.dtype) for rest in self.stored)
 
 
 class Streaming:
@@ -200,6 +211,7 @@ class Streaming:
         """The parameters show what this stream is to see."""
         berth = self._berths[unit.index]
         with lane_context(self._lanes.device):
+            self._lanes.mark(self._phase(stream), unit.index)
             shown = iter(self._filled(berth, stream))
             for leaf, weight in zip(berth.leaves, berth.on_device, strict=True):
                 leaf.show(next(shown) if self._changes(leaf) else weight)
@@ -240,6 +252,10 @@ class Streaming:
         buffers = [slot.buffer for slot in self._slots] + [scratch.buffer for scratch in (self._scratch, *own)]
         return nbytes(buffers) + sum(nbytes(berth.stored) for berth in self.berths if berth.resident)
 
+    def place(self, order: int) -> int:
+        """Of the unit, from 1 in module order, that a priority or a mark was of; -1 of none."""
+        return order % len(self._berths) + 1 if order >= 0 else -1
+
     def rest(self) -> None:
         """Every parameter shows its weight at rest: what an exception has left behind is cleared up."""
         for berth in list(self._visited.values()):
@@ -269,13 +285,16 @@ class Streaming:
         self.rest()
         for berth in self.berths:
             berth.slot, berth.own = None, None if berth.own is None else {}
-            berth._views.clear()
         self._slots, self._scratch = [], Scratch(torch.empty(0, dtype=torch.uint8))
 
     # What a method adds.
 
     def _refresh(self, berth: Berth) -> None:
         """The unit's weights are on the device, and no forward of this visit has seen them yet."""
+
+    def _phase(self, stream: int) -> str:
+        """What the timeline calls a forward of this stream."""
+        return "forward"
 
     def _changes(self, leaf: Leaf) -> bool:
         """Whether the forward sees something else than the weight as it is kept."""
@@ -304,11 +323,11 @@ class Streaming:
         self._lanes.wait_compute(berth.uploaded)
 
     def _send_up(self, berth: Berth) -> None:
-        slot = self._take_slot()
+        slot = self._take_slot(berth)
         slot.holds, berth.slot, berth.device_seen = berth, slot, berth.host_seen
         written = [berth.written] if berth.written is not None else []
         berth.uploaded = self._lanes.copy(
-            berth.on_device, berth.stored, "h2d", after=[*slot.free, *written], priority=self._clock, tag="weights"
+            berth.on_device, berth.stored, "h2d", after=[*slot.free, *written], priority=slot.used, tag="weights"
         )
         slot.free = [berth.uploaded]
 
@@ -324,7 +343,7 @@ class Streaming:
             berth.on_device[:count],
             "d2h",
             after=[self._lanes.compute()],
-            priority=self._clock,
+            priority=berth.slot.used,
             tag="weights back",
         )
 
@@ -333,9 +352,10 @@ class Streaming:
             written = [berth.written] if berth.written is not None else []
             berth.slot.free = [self._lanes.compute(), *written]
 
-    def _take_slot(self) -> Slot:
+    def _take_slot(self, berth: Berth) -> Slot:
         """The one that has not been taken for longest, of those that nobody needs now."""
-        self._clock += 1
+        count = len(self._berths)
+        self._clock = (self._clock // count + 1) * count + berth.unit.index
         needed = {id(berth) for berth in (*self._visited.values(), *self._followers())}
         slots = [slot for slot in self._slots if slot.holds is None or id(slot.holds) not in needed]
         if not slots:
@@ -371,7 +391,7 @@ class Streaming:
         if not changed:
             return
         scratch = self._scratch_of(berth, stream)
-        outs = carved(scratch.buffer, [(leaf.rest.numel(), leaf.compute) for leaf, _ in changed])
+        outs = scratch.carve((leaf.rest.numel(), leaf.compute) for leaf, _ in changed)
         wanted = (berth.unit.index, self._version(berth), self._kind(stream))
         if scratch.holds != wanted:
             for (leaf, weight), out in zip(changed, outs, strict=True):

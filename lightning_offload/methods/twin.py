@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.utils._pytree import tree_map
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.meter import Meter
 
 Step = Callable[[nn.Module, Any], Tensor]
@@ -113,6 +115,7 @@ _IN_CPP = {
     aten.transpose.int,
     aten.unsqueeze.default,
     aten.view.default,
+    aten.view.dtype,
     aten._unsafe_view.default,
 }
 """The most frequent operations of which shape, strides and dtype are known without Python."""
@@ -239,7 +242,8 @@ def forward_context(precision: str) -> Callable[[], AbstractContextManager[None]
     """What Lightning runs a forward in under ``precision``."""
     if precision == "bf16-mixed":
         return lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # as Lightning: casts are not kept
-    return _bf16_default if precision == "bf16-true" else nullcontext
+    narrow = DTypes.of(precision).compute
+    return nullcontext if narrow is None else partial(_default_dtype, narrow)
 
 
 @contextmanager
@@ -258,9 +262,9 @@ def explaining(what: str, way_out: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bf16_default() -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:

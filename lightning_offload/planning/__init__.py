@@ -13,14 +13,19 @@ from torch.nn.parameter import is_lazy
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.methods.base import Clip
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.twin import Step
 from lightning_offload.planning.advice import advise
-from lightning_offload.planning.methods import METHODS, settings_of
+from lightning_offload.planning.methods import (
+    METHODS,
+    PRECISIONS,
+    ZEROTH,
+    check_precision,
+    default_optimizer,
+    settings_of,
+)
 from lightning_offload.planning.result import Advice, Memory, Plan
 from lightning_offload.planning.scenario import Dry, Scenario
-
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 __all__ = ["METHODS", "Advice", "Memory", "Plan", "plan"]
 
@@ -30,8 +35,8 @@ def plan(
     batch: Any,
     *,
     method: str = "full",
-    settings: GradientSettings | None = None,
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true",
+    settings: CommonSettings | None = None,
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-true"] = "32-true",
     hardware: str | Machine = "auto",
     optimizer: torch.optim.Optimizer | None = None,
     accumulate_grad_batches: int = 1,
@@ -49,13 +54,14 @@ def plan(
     Args:
         module: A ``LightningModule``, or any module; on any device, ``meta`` included (``with torch.device("meta")``).
         batch: One micro-batch, as ``training_step`` gets it; values do not matter.
-        method: ``"full"``, ``"lsp"``, ``"none"`` (everything on the device) or ``"zero-offload"`` (its schedule).
-        settings: Of the method (``LSPSettings`` for lsp, else ``FullSettings``); its ``max_device_gib`` and
-            ``max_host_gib`` make the machine smaller, as in a run.
-        precision: As for the Trainer.
+        method: ``"full"``, ``"lsp"``, ``"zo2"``, ``"none"`` (everything on the device) or ``"zero-offload"`` (its
+            schedule).
+        settings: Of the method (``LSPSettings`` for lsp, ``ZO2Settings`` for zo2, else ``FullSettings``); its
+            ``max_device_gib`` and ``max_host_gib`` make the machine smaller, as in a run.
+        precision: As for the Trainer; ``"16-true"`` for zo2 alone.
         hardware: A name of ``conf/hardware`` (``"rtx4090"``, ``"laptop_4gb"``), ``"auto"`` for this machine (measured
             once, about 2 s), or a ``Machine`` with rates.
-        optimizer: Over the module's parameters; default ``configure_optimizers``, else AdamW.
+        optimizer: Over the module's parameters; default ``configure_optimizers``, else AdamW, of zo2 SGD.
         accumulate_grad_batches: Micro-batches per step.
         gradient_clip_val: As for the Trainer.
         gradient_clip_algorithm: As for the Trainer.
@@ -102,14 +108,18 @@ def _others(scenario: Scenario) -> tuple[list[Plan], list[str]]:
     for method in METHODS:
         if method == scenario.method:
             continue
+        other: dict[str, Any] = {"method": method}
+        if ZEROTH in (method, scenario.method):  # neither takes the other's optimizer
+            trained = [p for p in scenario.module.parameters() if p.requires_grad]
+            other["optimizer"] = default_optimizer(method)(trained)
         try:
-            plans.append(Dry(replace(scenario, method=method)).plan())
+            plans.append(Dry(replace(scenario, **other)).plan())
         except (ValueError, OffloadError) as error:
             notes.append(f"{method} cannot be compared: {error}")
     return plans, notes
 
 
-def _without_effect(settings: GradientSettings, machine: Machine) -> list[str]:
+def _without_effect(settings: CommonSettings, machine: Machine) -> list[str]:
     if settings.max_device_gib is None or machine.device_type != "cpu":
         return []
     return [
@@ -124,6 +134,7 @@ def _check_choices(method: str, precision: str, micro_batches: int, clip: float 
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(method, precision)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"`accumulate_grad_batches` must be an integer >= 1, got {micro_batches!r}")
     number = isinstance(clip, int | float) and not isinstance(clip, bool)

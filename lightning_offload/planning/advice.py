@@ -13,7 +13,8 @@ from typing import Literal
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.lsp import LSPSettings
-from lightning_offload.planning.methods import FULL, NATIVE, SUBSPACE
+from lightning_offload.methods.zo2 import ZO2Settings
+from lightning_offload.planning.methods import FULL, NATIVE, SUBSPACE, ZEROTH
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Plan
 from lightning_offload.planning.scenario import Dry, Scenario, has_checkpointing
 
@@ -181,7 +182,7 @@ def _offload(tried: _Tried) -> list[_Change]:
 
 def _checkpoint(tried: _Tried) -> list[_Change]:
     scenario = tried.scenario
-    if scenario.checkpointing or not has_checkpointing(scenario.module):
+    if scenario.method == ZEROTH or scenario.checkpointing or not has_checkpointing(scenario.module):
         return []
     return [
         _Change(
@@ -204,6 +205,20 @@ def _chunked_loss(tried: _Tried) -> list[_Change]:
             f"the loss in chunks of {LEAST_CHUNK} tokens (`loss_chunk_tokens` of the model)",
             f"model.loss_chunk_tokens={LEAST_CHUNK}",
             lambda scenario: replace(scenario, loss_chunk_tokens=LEAST_CHUNK),
+        )
+    ]
+
+
+def _share_visits(tried: _Tried) -> list[_Change]:
+    """Of zo2: the same traffic, the activations of a sample."""
+    settings, size = tried.scenario.settings, tried.scenario.batch_size
+    if not isinstance(settings, ZO2Settings) or settings.micro_batches >= size:
+        return []
+    return [
+        _Change(
+            f"the batch in {size} parts that share one visit of the weights (`micro_batches` of the strategy)",
+            f"trainer.strategy.micro_batches={size}",
+            lambda scenario: replace(scenario, settings=replace(scenario.settings, micro_batches=size)),  # type: ignore[call-arg]
         )
     ]
 
@@ -240,7 +255,7 @@ def _micro_batches(scenario: Scenario, size: int) -> _Change:
 def _accumulate_elsewhere(tried: _Tried) -> list[_Change]:
     """On the device where the host has too little, in host memory where the device has."""
     scenario, plan = tried.scenario, tried.plan
-    if scenario.method == NATIVE or scenario.micro_batches < 2 or scenario.machine.device_type == "cpu":
+    if scenario.method in (NATIVE, ZEROTH) or scenario.micro_batches < 2 or scenario.machine.device_type == "cpu":
         return []
     sums = plan.host.holds.get(SUMS, 0)
     if sums and not plan.host.fits:
@@ -252,14 +267,16 @@ def _accumulate_elsewhere(tried: _Tried) -> list[_Change]:
 
 def _accumulate(where: Literal["device", "host"], words: str) -> _Change:
     def apply(scenario: Scenario) -> Scenario:
-        return replace(scenario, settings=replace(scenario.settings, accumulate=where))
+        return replace(scenario, settings=replace(scenario.settings, accumulate=where))  # type: ignore[call-arg]
 
     return _Change(words, f"trainer.strategy.accumulate={where}", apply)
 
 
 def _precision(tried: _Tried) -> list[_Change]:
-    if tried.scenario.precision == "bf16-true":
+    if tried.scenario.precision in ("bf16-true", "16-true"):
         return []
+    if tried.scenario.method == ZEROTH:
+        return [_narrow()]
     masters = "without fp32 masters" if tried.scenario.method == NATIVE else "fp32 masters on the host"
     return [
         _Change(
@@ -270,10 +287,18 @@ def _precision(tried: _Tried) -> list[_Change]:
     ]
 
 
+def _narrow() -> _Change:
+    return _Change(
+        "fp16 weights, small steps rounded stochastically (`precision='16-true'`)",
+        "precision=16-true",
+        lambda scenario: replace(scenario, precision="16-true"),
+    )
+
+
 def _project(tried: _Tried) -> list[_Change]:
     """No masters, and states of d x d; updates are in a subspace then. Saves a part of the arenas and nothing else."""
     arenas = sum(count for kind, count in tried.plan.host.holds.items() if kind != THE_RUN_ITSELF)
-    if tried.scenario.method == SUBSPACE or tried.plan.host.fits or _missing(tried.plan) > arenas:
+    if tried.scenario.method in (SUBSPACE, ZEROTH) or tried.plan.host.fits or _missing(tried.plan) > arenas:
         return []
     words = "updates in a subspace of each linear weight, whose state is d x d (strategy `lsp_offload`)"
     return [_Change(words, "method=lsp", lambda scenario: replace(scenario, method=SUBSPACE))]
@@ -298,7 +323,7 @@ def _smaller_dim(tried: _Tried) -> list[_Change]:
 
 def _keep_on_device(tried: _Tried) -> list[_Change]:
     """Where the host is what is too small; under bf16-true small updates would be lost without masters."""
-    if tried.scenario.method == NATIVE or tried.plan.host.fits or tried.scenario.precision == "bf16-true":
+    if tried.scenario.method in (NATIVE, ZEROTH) or tried.plan.host.fits or tried.scenario.precision == "bf16-true":
         return []
     return [
         _Change(
@@ -313,6 +338,7 @@ _PROPOSALS: tuple[_Proposal, ...] = (
     _offload,
     _checkpoint,
     _chunked_loss,
+    _share_visits,
     _smaller_batch,
     _accumulate_elsewhere,
     _precision,
@@ -321,7 +347,7 @@ _PROPOSALS: tuple[_Proposal, ...] = (
 )
 """In the order in which they are put together: what changes least first."""
 
-_TRANSIENT_ONLY = (_checkpoint, _chunked_loss, _smaller_batch)
+_TRANSIENT_ONLY = (_checkpoint, _chunked_loss, _share_visits, _smaller_batch)
 """Those that save nothing of what is held all the time."""
 
 _LASTING = (_offload, _accumulate_elsewhere, _precision, _project, _smaller_dim)
@@ -330,6 +356,8 @@ _LASTING = (_offload, _accumulate_elsewhere, _precision, _project, _smaller_dim)
 
 def _is_too_large(plan: Plan) -> bool:
     """Whether the weights alone are too many for the device, even in 16 bits."""
+    if plan.method == ZEROTH:
+        return False
     return plan.device.limit_bytes is not None and 2 * plan.parameters > plan.device.limit_bytes
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from lightning_offload.methods.method import Method
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.settings import CommonSettings, GradientSettings
+from lightning_offload.methods.zo2 import ZO2Settings
 
-NATIVE, SERIAL, FULL, SUBSPACE = "none", "zero-offload", "full", "lsp"
+NATIVE, SERIAL, FULL, SUBSPACE, ZEROTH = "none", "zero-offload", "full", "lsp", "zo2"
 METHODS = {
     NATIVE: "everything on the device",
     SERIAL: "full, each step waiting for its weights",
     FULL: "full",
     SUBSPACE: "AdamW in a d x d subspace of each linear weight",
+    ZEROTH: "forwards alone, weights in host memory",
 }
 """What can be planned; ``zero-offload`` is its schedule on this engine, for comparison."""
 
@@ -23,17 +29,43 @@ FITTED_STEPS = 2
 """Of a fit in a dry run: memory does not grow after them, and the steady state has none."""
 
 
-def settings_of(method: str) -> type[GradientSettings]:
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {ZEROTH: partial(torch.optim.SGD, lr=1e-6)}
+"""Made where nobody has said which; of the other methods AdamW."""
+
+
+def default_optimizer(method: str) -> Callable[[Any], torch.optim.Optimizer]:
+    """From parameters to the optimizer that a method takes by default."""
+    return OPTIMIZERS.get(method, partial(torch.optim.AdamW, fused=True))
+
+
+def check_precision(method: str, precision: str) -> None:
+    """Refuse what the method's strategy refuses.
+
+    Raises:
+        ValueError: Gradients in fp16.
+    """
+    if precision == "16-true" and method != ZEROTH:
+        raise ValueError(
+            f"`precision='16-true'` is for method 'zo2', got method={method!r}: gradients underflow in fp16; pass "
+            "precision='bf16-true'"
+        )
+
+
+def settings_of(method: str) -> type[CommonSettings]:
     """The class of a method's settings."""
-    return LSPSettings if method == SUBSPACE else FullSettings
+    kinds: dict[str, type[CommonSettings]] = {SUBSPACE: LSPSettings, ZEROTH: ZO2Settings}
+    return kinds.get(method, FullSettings)
 
 
-def settings_for(method: str, given: GradientSettings) -> GradientSettings:
-    """``given``; of another method's, what all methods have."""
+def settings_for(method: str, given: CommonSettings) -> CommonSettings:
+    """``given``; of another method's, what both have."""
     kind = settings_of(method)
     if isinstance(given, kind):
         return given
-    return kind(**{field.name: getattr(given, field.name) for field in fields(GradientSettings)})
+    both = GradientSettings if issubclass(kind, GradientSettings) and isinstance(given, GradientSettings) else None
+    return kind(**{field.name: getattr(given, field.name) for field in fields(both or CommonSettings)})
 
 
 def method_for(settings: Any) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
-from lightning_offload.planning.methods import SUBSPACE
+from lightning_offload.planning.methods import SUBSPACE, ZEROTH
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Memory, Plan
 from lightning_offload.planning.words import (
     count,
@@ -29,6 +29,15 @@ _LSP = {
     "d2h": "compressed gradients, device to host",
     "h2d": "deltas and weights, host to device",
 }
+_ZO2 = {
+    "compute": "forwards, noise, updates",
+    "d2h": "weights, device to host",
+    "host": "copies of what is not page-locked",
+    "h2d": "weights, host to device",
+}
+_ZO2_ON_CPU = {"compute": _ZO2["compute"], "d2h": "copies of weights back"}
+_OF_METHOD = {(SUBSPACE, False): _LSP, (ZEROTH, False): _ZO2, (ZEROTH, True): _ZO2_ON_CPU}
+"""By method, and whether the CPU is the device."""
 _ON_CPU = {
     "compute": "forward, backward, steps in place",
     "d2h": "copies of gradients",
@@ -102,7 +111,8 @@ def _hopeless(plan: Plan) -> str:
     if limit is not None and weights > limit:
         return (
             f"no setting helps: the weights alone are {size(weights)}, and method `{plan.method}` keeps them on the "
-            "device; use a smaller model or a larger device"
+            "device; use a smaller model, a larger device, or method=zo2, which streams them (forwards alone: it needs "
+            "a pretrained model and thousands of steps)"
         )
     if not plan.host.fits:
         return "no setting helps: use a smaller model or a machine with more host memory"
@@ -154,7 +164,7 @@ def _telling(holds: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    labels = _ON_CPU if _on_cpu(plan) else _LANES | (_LSP if plan.method == SUBSPACE else {})
+    labels = (_ON_CPU if _on_cpu(plan) else _LANES) | _OF_METHOD.get((plan.method, _on_cpu(plan)), {})
     yield f"{'time of one step':<38} {seconds(plan.step_s):>13}"
     for lane, label in labels.items():
         use = plan.lanes.get(lane)

@@ -22,11 +22,25 @@ from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver, WatchedEngine
 from lightning_offload.methods.dryrun import DryRun, Timing
 from lightning_offload.methods.full import FullSettings
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.method import Method
+from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
-from lightning_offload.planning.methods import FULL, NATIVE, SERIAL, method_for, settings_for
+from lightning_offload.methods.zeroth_dryrun import ZerothDriver, ZerothDryRun
+from lightning_offload.methods.zo2 import ZO2
+from lightning_offload.parts import parts_of
+from lightning_offload.planning.methods import (
+    FULL,
+    NATIVE,
+    SERIAL,
+    ZEROTH,
+    check_precision,
+    default_optimizer,
+    method_for,
+    settings_for,
+)
 from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
 from lightning_offload.planning.steps import optimizer_of, own_step
+from lightning_offload.planning.streamed import tips
 from lightning_offload.planning.waiting import Waiting, count_of
 from lightning_offload.planning.words import count, gigabytes
 from lightning_offload.timeline import LaneUse
@@ -51,7 +65,7 @@ class Scenario:
         precision: Lightning's name of it.
         micro_batches: Per step.
         clip: The gradient clipping.
-        optimizer: Over the module's parameters; ``None`` asks the module, else takes AdamW.
+        optimizer: Over the module's parameters; ``None`` asks the module, else takes AdamW, of zo2 SGD.
         step: The loss of a micro-batch; ``None`` is the module's own.
         checkpointing: Turn on the model's own gradient checkpointing.
         loss_chunk_tokens: For a model whose loss comes in chunks; ``None`` leaves it as it is.
@@ -62,7 +76,7 @@ class Scenario:
     batch: Any
     machine: Machine
     method: str = FULL
-    settings: GradientSettings = field(default_factory=FullSettings)
+    settings: CommonSettings = field(default_factory=FullSettings)
     precision: str = "32-true"
     micro_batches: int = 1
     clip: Clip | None = None
@@ -74,6 +88,7 @@ class Scenario:
 
     def __post_init__(self) -> None:
         """Settings are the method's."""
+        check_precision(self.method, self.precision)
         object.__setattr__(self, "settings", settings_for(self.method, self.settings))
 
     @property
@@ -100,20 +115,35 @@ class Dry:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        method = method_for(scenario.settings)
-        dtypes = DTypes.of(scenario.precision, method.rounding)
-        twin = Twin(scenario.module, dtypes.compute)
+        zeroth = scenario.method == ZEROTH
+        method: Method | ZO2 = ZO2(scenario.settings) if zeroth else method_for(scenario.settings)  # type: ignore[arg-type]
+        self.dtypes = DTypes.of(scenario.precision, method.rounding)
+        twin = Twin(scenario.module, self.dtypes.compute)
         if scenario.checkpointing:
             _enable_checkpointing(twin.module)
         if scenario.loss_chunk_tokens is not None:
             twin.module.loss_chunk_tokens = scenario.loss_chunk_tokens  # type: ignore[assignment]
-        optimizer = optimizer_of(twin, scenario.optimizer)
+        optimizer = optimizer_of(twin, scenario.optimizer, default_optimizer(scenario.method))
+        self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
+        self.parameters = sum(p.numel() for p in twin.module.parameters())
         self.notes: list[str] = []
+        self._decides_late = False
+        self.run: DryRun | ZerothDryRun
+        if isinstance(method, ZO2):
+            self.run = self._zeroth(twin, optimizer, method)
+        else:
+            self.run = self._with_gradients(twin, optimizer, method)
+        self.run.record()
+
+    def _with_gradients(self, twin: Twin, optimizer: torch.optim.Optimizer, method: Method) -> DryRun:
+        scenario, dtypes = self.scenario, self.dtypes
         units = partition(twin.module, scenario.settings.blocks)
         if scenario.method != NATIVE:
             self.notes = method.resolve(
                 twin.module, units, scenario.machine, dtypes, accumulates=scenario.micro_batches > 1
             )
+        checks = method.settings.skip_nonfinite and not method.layer_wise
+        self._decides_late = checks or scenario.waits or scenario.clip is not None
 
         def attach(lanes: VirtualLanes) -> Driver:
             if scenario.method == NATIVE:
@@ -122,7 +152,7 @@ class Dry:
             engine = WatchedEngine(twin.module, optimizer, method, lanes, dtypes, expects_clip=late, units=units)
             return EngineDriver(engine, clip=scenario.clip, serial=scenario.waits)
 
-        self.run = DryRun(
+        return DryRun(
             twin,
             attach,
             scenario.machine,
@@ -132,11 +162,25 @@ class Dry:
             context=forward_context(scenario.precision),
             pin=method.settings.pin_memory is not False,
         )
-        self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
-        self.run.record()
-        self.parameters = sum(p.numel() for p in twin.module.parameters())
-        checks = method.settings.skip_nonfinite and not method.layer_wise
-        self._decides_late = checks or scenario.waits or scenario.clip is not None
+
+    def _zeroth(self, twin: Twin, optimizer: torch.optim.Optimizer, method: ZO2) -> ZerothDryRun:
+        scenario, dtypes = self.scenario, self.dtypes
+        self.notes = method.resolve(partition(twin.module, method.settings.blocks), scenario.machine, dtypes)
+        if not method.settings.train_mode:
+            for part in twin.module.modules():
+                part.training = False
+        return ZerothDryRun(
+            twin,
+            optimizer,
+            method,
+            scenario.machine,
+            dtypes,
+            step=scenario.step or own_step(scenario.module, backward=False),
+            parts=parts_of(twin.batch(scenario.batch, dtypes.compute), method.settings.micro_batches),
+            micro_batches=scenario.micro_batches,
+            context=forward_context(scenario.precision),
+            clip=scenario.clip,
+        )
 
     @cached_property
     def timing(self) -> Timing:
@@ -157,7 +201,11 @@ class Dry:
         machine, meter = self.scenario.machine, self.run.meter
         kinds = Counter(dict(meter.peak.kinds))
         kinds.pop("weights", 0)
-        holds = {**self._weights(), **{kind: count for kind, count in sorted(kinds.items()) if count}}
+        streamed = self.scenario.method == ZEROTH
+        holds = {
+            **({} if streamed else self._weights()),
+            **{kind: count for kind, count in sorted(kinds.items()) if count},
+        }
         if machine.device_type == "cpu":
             return Memory(holds, None)
         outside = machine.context_bytes + WORKSPACE_BYTES
@@ -183,6 +231,9 @@ class Dry:
             report = self.run.lanes.memory.report()
             holds["alignment, small buffers"] = report.allocated_bytes - sum(holds.values())
             holds["casts"] = max(part.scratch_bytes for part in driver.engine.senders)
+        if isinstance(driver, ZerothDriver):
+            held_bytes = driver.engine.streaming.host_bytes
+            holds = {"weights": held_bytes, "alignment": self.run.lanes.memory.report().allocated_bytes - held_bytes}
         if machine.device_type == "cpu":
             holds[THE_RUN_ITSELF] = self.device.bytes
         here = sum(t.nbytes for t in tensors_of(self.scenario.module) if t.device.type == "cpu")  # taken already
@@ -192,7 +243,8 @@ class Dry:
     def pinned(self) -> Memory:
         """What of the arenas is page-locked."""
         locked = self.run.lanes.memory.report().locked_bytes
-        return Memory({"wire and rings": locked} if locked else {}, self.scenario.machine.lockable_bytes)
+        kind = "weights" if self.scenario.method == ZEROTH else "wire and rings"
+        return Memory({kind: locked} if locked else {}, self.scenario.machine.lockable_bytes)
 
     @property
     def waiting(self) -> Waiting:
@@ -253,8 +305,10 @@ class Dry:
         return dict(sums)
 
     def _traffic(self) -> Iterator[str]:
-        """What lsp moves, and what full would have."""
+        """What lsp moves, and what full would have; what zo2 leaves unused."""
         driver = self.run.driver
+        if isinstance(driver, ZerothDriver) and self.timing.kinds:
+            yield from tips(self.scenario, self.timing, self.device)
         if isinstance(driver, EngineDriver) and driver.engine.own is not None and self.timing.kinds:
             totals = {kind: total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d")}
             whole = sum(t.parameter.nbytes for t in driver.engine.own.trained) / totals["h2d", "deltas"]
@@ -304,7 +358,7 @@ def _sizes(read: HostRead) -> str:
     return "; pass `step=` if sizes depend on it" if read.answer == "1" else ""
 
 
-def _notes(run: DryRun, machine: Machine) -> list[str]:
+def _notes(run: DryRun | ZerothDryRun, machine: Machine) -> list[str]:
     """What is unusual about the model, and what costs a wait."""
     uses = run.driver.uses
     blocks = {unit.name for unit in run.driver.units if unit.is_block}

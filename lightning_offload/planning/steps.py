@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from lightning_offload.methods.twin import Step, Twin, pretending
 _STEP = "Pass `step=`, a function (module, batch) -> loss of one micro-batch."
 
 
-def optimizer_of(twin: Twin, given: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
-    """The one that was given, the module's own, or AdamW; over the twin's parameters.
+def optimizer_of(
+    twin: Twin, given: torch.optim.Optimizer | None, default: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
+    """The one that was given, the module's own, or the method's default; over the twin's parameters.
 
     Raises:
         OffloadError: ``configure_optimizers`` cannot be asked, or returns no single optimizer.
@@ -25,7 +28,7 @@ def optimizer_of(twin: Twin, given: torch.optim.Optimizer | None) -> torch.optim
         return twin.optimizer(given)
     configure = getattr(twin.module, "configure_optimizers", None)
     if not callable(configure):
-        return torch.optim.AdamW([p for p in twin.module.parameters() if p.requires_grad], fused=True)
+        return default([p for p in twin.module.parameters() if p.requires_grad])
     name = type(twin.module).__name__
     with pretending(), twin.mode:
         try:
@@ -53,19 +56,23 @@ def _optimizers(made: Any) -> list[torch.optim.Optimizer]:
     return [one for one in plain if isinstance(one, torch.optim.Optimizer)]
 
 
-def own_step(module: nn.Module) -> Step:
+def own_step(module: nn.Module, *, backward: bool = True) -> Step:
     """How the module itself makes a loss of a batch.
+
+    Args:
+        module: The module.
+        backward: Whether the loss has to have a gradient.
 
     Raises:
         OffloadError: It does not say.
     """
-    name = type(module).__name__
+    name, loss = type(module).__name__, partial(_loss, name=type(module).__name__, backward=backward)
     if not callable(getattr(module, "training_step", None)):
-        return lambda twin, batch: _loss(twin(**batch) if isinstance(batch, Mapping) else twin(batch), name)
+        return lambda twin, batch: loss(twin(**batch) if isinstance(batch, Mapping) else twin(batch))
     if getattr(module, "automatic_optimization", True):
-        return lambda twin, batch: _loss(_called(twin.training_step, batch), name)
+        return lambda twin, batch: loss(_called(twin.training_step, batch))
     if callable(getattr(module, "offload_step", None)):  # OffloadMixin
-        return lambda twin, batch: _loss(_called(twin.loss, batch), name)
+        return lambda twin, batch: loss(_called(twin.loss, batch))
     raise OffloadError(f"{name} optimizes manually, so its `training_step` steps by itself. {_STEP}")
 
 
@@ -75,7 +82,7 @@ def _called(step: Any, batch: Any) -> Any:
     return step(batch) if len(takes) == 1 and takes[0].kind != takes[0].VAR_POSITIONAL else step(batch, 0)
 
 
-def _loss(output: Any, name: str) -> Tensor:
+def _loss(output: Any, *, name: str, backward: bool) -> Tensor:
     if isinstance(output, Mapping) and "loss" in output:
         output = output["loss"]
     output = getattr(output, "loss", output)
@@ -83,6 +90,6 @@ def _loss(output: Any, name: str) -> Tensor:
         raise OffloadError(f"a step of {name} gave {type(output).__name__}, no loss. {_STEP}")
     if output.numel() != 1:
         raise OffloadError(f"a step of {name} gave a tensor of shape {tuple(output.shape)}, no scalar loss. {_STEP}")
-    if not output.requires_grad:
+    if backward and not output.requires_grad:
         raise OffloadError(f"the loss of {name} has no gradient: is it detached, or everything frozen? {_STEP}")
     return output

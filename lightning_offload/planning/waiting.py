@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_offload.memory.ledger import Span, Total
 from lightning_offload.methods.dryrun import Timing
-from lightning_offload.planning.methods import NATIVE, SUBSPACE
+from lightning_offload.planning.methods import NATIVE, SUBSPACE, ZEROTH
+from lightning_offload.planning.streamed import bottleneck, bound_s
 from lightning_offload.planning.words import seconds
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Waiting:
         busy = {lane: lanes.get(lane, Total()).seconds for lane in ("d2h", "h2d", "host")}
         if self.scenario.machine.device_type == "cpu" or self.scenario.method == NATIVE:
             return timing.compute_s + sum(busy.values())
+        if self.scenario.method == ZEROTH:
+            rates = self.scenario.machine.rates
+            assert rates is not None
+            return bound_s(timing, rates.duplex)
         if not self.decides_late:
             return max(timing.compute_s + self._tail_s(), *busy.values())
         forward_s = timing.forward_s + timing.apply_s
@@ -72,6 +77,8 @@ class Waiting:
         timing, machine = self.timing, self.scenario.machine
         if machine.device_type == "cpu":
             return "the CPU, which does everything in turn: nothing to overlap"
+        if self.scenario.method == ZEROTH:
+            return bottleneck(self.scenario, timing, count_of(self.scenario.batch))
         stall_s = timing.step_s - timing.compute_s
         if stall_s < 0.05 * timing.step_s:
             return f"the device's compute ({100 * timing.compute_s / timing.step_s:.0f} % of the step)"

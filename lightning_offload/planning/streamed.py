@@ -1,0 +1,73 @@
+"""What a step of ``zo2`` waits for, the least that it can take, and what would use the time that it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lightning_offload.memory.budget import GIB
+from lightning_offload.memory.ledger import Total
+from lightning_offload.methods.dryrun import Timing
+from lightning_offload.methods.zo2 import ZO2Settings
+from lightning_offload.planning.words import gigabytes, seconds
+
+if TYPE_CHECKING:
+    from lightning_offload.planning.result import Memory
+    from lightning_offload.planning.scenario import Scenario
+
+NAMES = {
+    "h2d": "the link up",
+    "d2h": "the link down",
+    "host": "the host's worker, which copies what is not page-locked",
+}
+
+
+def bound_s(timing: Timing, duplex: float) -> float:
+    """No schedule takes less: compute, or both directions of the link, which slow each other where they overlap."""
+    up_s, down_s, host_s = (timing.lanes.get(lane, Total()).seconds for lane in ("h2d", "d2h", "host"))
+    less, more = sorted((up_s, down_s))
+    return max(timing.compute_s, more - less + less / duplex, host_s)
+
+
+def bottleneck(scenario: Scenario, timing: Timing, counted: tuple[int, str]) -> str:
+    """In words, and from how many tokens on it would be another.
+
+    Args:
+        scenario: What was planned.
+        timing: What came out.
+        counted: Tokens or samples of a micro-batch, and which of the two.
+    """
+    share = timing.compute_s / timing.step_s
+    if share > 0.95:
+        return f"the device's compute ({100 * share:.0f} % of the step)"
+    slow_s, lane = max((timing.lanes[lane].seconds, lane) for lane in NAMES if lane in timing.lanes)
+    if slow_s <= timing.compute_s:
+        return f"each unit's weights in turn, {seconds(timing.step_s - timing.compute_s)} in all: pass more slots"
+    tokens, unit = counted
+    fixed_s = timing.compute_s - timing.module_s  # noise and updates do not grow with tokens
+    hides = tokens * max(timing.step_s - fixed_s, 0.0) / timing.module_s
+    moved = gigabytes(timing.lanes[lane].bytes)
+    return f"{NAMES[lane]}, {seconds(slow_s)} for {moved}; compute would hide it from about {round(hides):,} {unit}"
+
+
+def tips(scenario: Scenario, timing: Timing, device: Memory) -> Iterator[str]:
+    """What the device could do while it waits for the link, and what would shorten the wait."""
+    settings = scenario.settings
+    assert isinstance(settings, ZO2Settings)
+    idle_s = timing.step_s - timing.compute_s
+    if scenario.machine.device_type == "cpu" or idle_s < 0.05 * timing.step_s:
+        return
+    more = int(timing.step_s / timing.compute_s)
+    text = (
+        f"the device computes {100 * timing.compute_s / timing.step_s:.0f} % of a step: more tokens per step are free"
+    )
+    if more > 1 and settings.noise == "philox":
+        text += f", or directions={settings.directions * more}"
+    yield f"{text}; with micro_batches the parts of a larger batch share a visit of the weights, and its memory"
+    free_gib = 0.0 if device.limit_bytes is None else 0.95 * (device.limit_bytes - device.bytes) / GIB
+    if free_gib > 0.5:
+        streamed_gib = timing.lanes["h2d"].bytes / scenario.micro_batches / GIB
+        kept = "all of them" if streamed_gib < free_gib else f"{100 * free_gib / streamed_gib:.0f} % of them"
+        yield f"weights that stay do not cross the link: resident={min(free_gib, streamed_gib + 0.1):.1f} keeps {kept}"
+    if scenario.precision in ("32-true", "bf16-mixed"):
+        yield "precision.wire=float16 halves what crosses the link, and host memory"
