@@ -16,9 +16,9 @@ from typing_extensions import override
 from lightning_offload.attaching import attach, look_for_readers, make_lanes
 from lightning_offload.calibration import Calibration
 from lightning_offload.methods.base import Attached, Clip, DTypes
-from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.engine import GRADIENTS, Engine
 from lightning_offload.precision import OffloadPrecision
-from lightning_offload.resuming import pack, unpack
+from lightning_offload.resuming import EXTRAS, pack, unpack
 from lightning_offload.windows import Window
 
 AnyEngine = TypeVar("AnyEngine", bound=Attached)
@@ -136,6 +136,8 @@ class GradientAttachment(Attachment[Engine]):
     @override
     def _load(self, engine: Engine, states: list[dict[str, Any]]) -> None:
         self._pending = unpack(engine, self._calibration, states)
+        if GRADIENTS not in states[0].get(EXTRAS, {GRADIENTS: {}}):
+            states[:] = [engine.optimizer_state()]  # what the Trainer loads next: not another optimizer's
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -94,16 +94,16 @@ def _leaves(base: nn.Module, header: Header) -> list[Leaf]:
     """
     parameters = list(base.parameters())
     wanted = list(header.shapes.items())
-    for parameter, (name, shape) in zip(parameters, wanted, strict=False):
+    if len(parameters) != len(wanted):
+        raise CheckpointError(
+            f"The log belongs to another model: it has {len(wanted)} parameters, `base` has {len(parameters)}"
+        )
+    for parameter, (name, shape) in zip(parameters, wanted, strict=True):
         if tuple(parameter.shape) != shape:
             raise CheckpointError(
                 f"The log belongs to another model: its `{name}` is {shape}, in `base` the parameter in that place is "
                 f"{tuple(parameter.shape)}"
             )
-    if len(parameters) != len(wanted):
-        raise CheckpointError(
-            f"The log belongs to another model: it has {len(wanted)} parameters, `base` has {len(parameters)}"
-        )
     group_of = {name: index for index, names in enumerate(header.groups) for name in names}
     return [
         Leaf(name, parameter, place, group_of.get(name), _dtype(header.stored[name]), torch.empty(0))

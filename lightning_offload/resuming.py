@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_offload.calibration import Calibration
 from lightning_offload.errors import CheckpointError
 from lightning_offload.methods.engine import GRADIENTS, METHOD, OWN, SETTINGS, Engine
+from lightning_offload.methods.zeroth import ZerothEngine
 
 CALIBRATION = "calibration"
 EXTRAS = "lightning_offload"
@@ -49,6 +50,9 @@ def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]
         raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
     state = states[0]
     extras: Mapping[str, Any] = state.get(EXTRAS, {})
+    if extras and GRADIENTS not in extras:  # of forwards alone
+        warn_of_weights_alone(engine, extras)
+        return {}
     if extras:
         _check_window(engine, extras)
     engine.load_optimizer_state(state)
@@ -59,6 +63,17 @@ def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]
         _warn_of_new_moments(engine, extras)
     gradients: Mapping[str, Tensor] = extras.get(GRADIENTS, {})
     return gradients
+
+
+def warn_of_weights_alone(engine: Engine | ZerothEngine, extras: Mapping[str, Any]) -> None:
+    """Between methods with gradients and those without, nothing of an optimizer can be continued."""
+    source = f"method `{extras[METHOD]}`" if METHOD in extras else "a plain Trainer"
+    lr = ", ".join(f"{group['lr']:g}" for group in engine.optimizer.param_groups)
+    rank_zero_warn(
+        f"The checkpoint was made by {source}, this run trains by method `{engine.method.name}`: weights, step count "
+        f"and schedulers are loaded, the optimizer's state is not (lr stays {lr} until a scheduler sets it). "
+        "`load_from_checkpoint` takes the weights alone."
+    )
 
 
 def _check_window(engine: Engine, extras: Mapping[str, Any]) -> None:

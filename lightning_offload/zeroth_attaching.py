@@ -26,7 +26,7 @@ from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2
 from lightning_offload.parts import parts_of, weight_of
-from lightning_offload.resuming import EXTRAS, chosen_before
+from lightning_offload.resuming import EXTRAS, chosen_before, warn_of_weights_alone
 from lightning_offload.windows import Window, find_window
 
 MakeLanes = Callable[[Machine, CommonSettings], Lanes]
@@ -132,13 +132,7 @@ def unpack_zeroth(engine: ZerothEngine, states: list[dict[str, Any]]) -> None:
         engine.load_optimizer_state(states[0])
         engine.load_extras(extras)
         return
-    source = f"method `{extras[METHOD]}`" if METHOD in extras else "a plain Trainer"
-    lr = ", ".join(f"{group['lr']:g}" for group in engine.optimizer.param_groups)
-    rank_zero_warn(
-        f"The checkpoint was made by {source}, this run trains by method `{engine.method.name}`: weights, step count "
-        f"and schedulers are loaded, the optimizer's state is not (lr stays {lr} until a scheduler sets it). "
-        "`load_from_checkpoint` takes the weights alone."
-    )
+    warn_of_weights_alone(engine, extras)
 
 
 def _check_module(module: LightningModule) -> None:
