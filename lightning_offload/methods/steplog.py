@@ -114,7 +114,8 @@ def read_log(data: bytes, source: str) -> tuple[Header, list[Entry], int]:
     for at in range(start, len(data) - size + 1, size):
         entry = _read_entry(data[at : at + size], groups)
         if entry is None:
-            if len(data) >= at + 2 * size and _read_entry(data[at + size : at + 2 * size], groups) is not None:
+            later = range(at + size, len(data) - size + 1, size)
+            if any(_read_entry(data[other : other + size], groups) is not None for other in later):
                 kept = entries[: len(entries) // header.directions * header.directions]
                 raise CheckpointError(
                     f"{source} is damaged at byte {at}, entry {len(entries) + 1}: {len(kept)} entries before it, up to "
