@@ -47,7 +47,8 @@ class ZLit(Lit):
 class ZManual(Manual):
     """Through `OffloadMixin`."""
 
-    __init__ = ZLit.__init__  # type: ignore[assignment]
+    def __init__(self, **build: Any) -> None:
+        super().__init__(**{"make_optimizer": sgd, **build})
 
 
 class ZOwn(ZO2Mixin, Manual):
