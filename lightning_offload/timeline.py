@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -16,8 +16,9 @@ LANES = {"compute": "device computes", "d2h": "device to host", "host": "host co
 """The lanes from top to bottom, and what a reader calls them."""
 
 GREY = "#9a9a9a"
-PHASES = {"forward": "#d9e6f2", "backward": "#33506e", "step": "#c8743a"}
-"""Colours of the strip above the device's row."""
+_PALE, _DARK, _WARM = "#d9e6f2", "#33506e", "#c8743a"
+PHASES = {"forward": _PALE, "backward": _DARK, "step": _WARM, "l+": _PALE, "l-": _DARK, "update": _WARM}
+"""Colours of the strip above the device's row; the last three are zo2's."""
 
 _ROW, _STRIP = 0.8, 0.26  # heights, in rows
 _LABELLED = 8  # units that the colour scale has room to name
@@ -223,7 +224,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], out: Path, *, units: Sequence[
     panels[-1].set_xlabel("s" if extent_s >= _IN_SECONDS_S else "ms")
     if extent_s >= _IN_SECONDS_S:
         panels[-1].xaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g}")
-    _draw_legend(figure.add_subplot(grid[-1]), colors, units)
+    kinds = {span.kind for spans in timelines.values() for span in spans if span.lane == "compute"}
+    _draw_legend(figure.add_subplot(grid[-1]), colors, units, kinds)
     if title:
         figure.suptitle(title, fontsize=12)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +281,7 @@ def _draw_phases(axes: Any, compute: Sequence[Span], origin_s: float, extent_s: 
         color = PHASES.get(kind, GREY)
         axes.broken_barh([(start_ms, end_ms - start_ms)], (middle - _STRIP / 2, _STRIP), facecolors=color)
         if (end_ms - start_ms) / 1e3 > 0.07 * extent_s:
-            ink = "white" if kind == "backward" else "black"
+            ink = "white" if color == _DARK else "black"
             axes.text((start_ms + end_ms) / 2, middle, kind, ha="center", va="center", fontsize=7.5, color=ink)
 
 
@@ -296,7 +298,7 @@ def _use(spans: Sequence[Span], lane: str, extent_s: float) -> str:
     return text
 
 
-def _draw_legend(axes: Any, colors: Sequence[Any], units: Sequence[str]) -> None:
+def _draw_legend(axes: Any, colors: Sequence[Any], units: Sequence[str], kinds: Collection[str]) -> None:
     """The scale of the units in the order in which a forward runs them, and what the other colours are."""
     width = 0.64 / len(colors)
     axes.broken_barh([(at * width, width) for at in range(len(colors))], (0, 1), facecolors=colors)
@@ -305,7 +307,8 @@ def _draw_legend(axes: Any, colors: Sequence[Any], units: Sequence[str]) -> None
     axes.set_xticks(
         [(at + 0.5) * width for at in places], [_short(unit_name(at + 1, units)) for at in places], fontsize=8
     )
-    for place, (label, color) in enumerate({"no unit": GREY, **PHASES}.items()):
+    labels = {color: kind for kind, color in PHASES.items() if kind in kinds}  # of one colour the last: zo2's update
+    for place, (color, label) in enumerate({GREY: "no unit", **labels}.items()):
         axes.broken_barh([(0.67 + 0.09 * place, 0.015)], (0, 1), facecolors=color)
         axes.text(0.692 + 0.09 * place, 0.5, label, va="center", fontsize=8.5)
     axes.set_yticks([0.5], ["units, first to last"], fontsize=9)

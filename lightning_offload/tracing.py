@@ -15,6 +15,7 @@ from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.ledger import Ledger, Span, Total
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.timeline import LANES, LaneUse, Prediction, StepUse, draw, summary, write_trace
 
 TRACE_FILE, PICTURE_FILE = "trace.json", "timeline.png"
@@ -51,7 +52,7 @@ class OffloadTimeline(Callback):
                 raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}")
         self.out = Path(out)
         self.first_step, self.steps, self.predicted = first_step, steps, predicted
-        self._engine: Engine | None = None
+        self._engine: Engine | ZerothEngine | None = None
         self._before: dict[tuple[str, str], Total] | None = None  # totals when the first traced step began
         self._seconds: list[float] = []  # per step from the first traced one on
         self._tracing, self._done = False, 0
@@ -108,7 +109,7 @@ class OffloadTimeline(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._abandon()
 
-    def _restart(self, engine: Engine | None, global_step: int) -> None:
+    def _restart(self, engine: Engine | ZerothEngine | None, global_step: int) -> None:
         self._engine, self._start, self._done = engine, global_step, 0
         self._before, self._seconds, self._since_s = None, [], 0.0
         self._tracing, self._traced_compute_s = False, 0.0
@@ -123,7 +124,7 @@ class OffloadTimeline(Callback):
             return
         timelines = {"predicted": self.predicted.spans} if self.predicted is not None else {}
         timelines |= {"measured": spans}
-        units = engine.arrivals.uses.order
+        units = engine.unit_names
         write_trace(timelines, self.out / TRACE_FILE, units=units)
         picture = draw(timelines, self.out / PICTURE_FILE, units=units, title=self._title(engine))
         rank_zero_info(f"OffloadTimeline: {picture}, and {TRACE_FILE} beside it for https://ui.perfetto.dev")
@@ -133,14 +134,14 @@ class OffloadTimeline(Callback):
         if not self._tracing or self._engine is None:
             return []
         self._tracing = False
-        return self._engine.lanes.ledger.stop_trace()
+        return self._engine.stop_trace()
 
-    def _title(self, engine: Engine) -> str:
+    def _title(self, engine: Engine | ZerothEngine) -> str:
         last = self.first_step + len(self._seconds) - 1
         parameters = sum(parameter.numel() for parameter in engine.module.parameters())
         return f"method {engine.method.name}, {parameters:,} parameters, steps {self.first_step} to {last}"
 
-    def _measured(self, engine: Engine) -> StepUse:
+    def _measured(self, engine: Engine | ZerothEngine) -> StepUse:
         """One step, on average; nothing is in flight."""
         assert self._before is not None
         steps = len(self._seconds)

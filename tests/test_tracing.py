@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_offload import OffloadTimeline
+from lightning_offload import OffloadTimeline, ZO2OffloadStrategy
 from lightning_offload.memory.ledger import Span
 from lightning_offload.timeline import LaneUse, Prediction, StepUse
 from tests.lit import Lit, assert_equal_modules, fit, offload
@@ -150,3 +151,19 @@ def test_an_exception_ends_the_trace(tmp_path: Path) -> None:
 def test_nonsense_is_refused(name: str, least: int) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` must be an integer >= {least}, got {least - 1}"):
         OffloadTimeline("out", **{name: least - 1})
+
+
+def test_zo2_is_drawn_unit_by_unit(tmp_path: Path) -> None:
+    strategy = ZO2OffloadStrategy(min_numel=0, seed=0)
+    module = Lit(make_optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=1e-3))
+    fit(module, strategy, callbacks=[OffloadTimeline(tmp_path, first_step=3, steps=2)])
+    engine = strategy.engine
+    assert engine is not None
+    order = {name: at for at, name in enumerate(engine.unit_names)}
+    streamed = {berth.unit.name for berth in engine.streaming.streamed}
+    traced = {kind: events(tmp_path, kind) for kind in ("update", "l+", "l-", "weights")}
+    for kind in ("l+", "l-"):
+        units = [name for name, _ in groupby(event["args"]["unit"] for event in traced[kind])]
+        assert [order[name] for name in units] == 2 * sorted(order.values()), kind
+    assert {event["args"]["unit"] for event in traced["weights"]} == streamed
+    assert {event["args"]["unit"] for event in traced["update"]} == set(order)

@@ -26,6 +26,7 @@ from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
+from lightning_offload.memory.ledger import Span
 from lightning_offload.methods.arrivals import Arrivals
 from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepReport, Trained, Verdict
 from lightning_offload.methods.homes import settle, weight_dtype
@@ -227,6 +228,15 @@ class Engine:
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
         self.arrivals.publish()
+
+    @property
+    def unit_names(self) -> Sequence[str]:
+        """In the order of their first call."""
+        return self.arrivals.uses.order
+
+    def stop_trace(self) -> list[Span]:
+        """What lanes did since ``lanes.ledger.start_trace()``, each for the unit at its place in ``unit_names``."""
+        return self.lanes.ledger.stop_trace()
 
     def flush(self) -> None:
         """Wait until nothing is in flight: every parameter of the module equals its rounded master."""

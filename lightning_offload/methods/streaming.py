@@ -252,9 +252,14 @@ class Streaming:
         buffers = [slot.buffer for slot in self._slots] + [scratch.buffer for scratch in (self._scratch, *own)]
         return nbytes(buffers) + sum(nbytes(berth.stored) for berth in self.berths if berth.resident)
 
-    def place(self, order: int) -> int:
-        """Of the unit, from 1 in module order, that a priority or a mark was of; -1 of none."""
-        return order % len(self._berths) + 1 if order >= 0 else -1
+    @property
+    def places(self) -> Sequence[int]:
+        """Units in the order of their first visit, those that are not visited behind them."""
+        return list(dict.fromkeys((*self.order, *self._berths)))
+
+    def unit_of(self, priority: int) -> int:
+        """The unit that an operation of this priority was for."""
+        return priority % len(self._berths)
 
     def rest(self) -> None:
         """Every parameter shows its weight at rest: what an exception has left behind is cleared up."""

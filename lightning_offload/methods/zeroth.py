@@ -30,6 +30,7 @@ from lightning_offload.errors import CheckpointError, NonFiniteError, OffloadErr
 from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
+from lightning_offload.memory.ledger import Span
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.lockstep import Lockstep
@@ -39,6 +40,7 @@ from lightning_offload.methods.steplog import Entry, Header, hash_weights
 from lightning_offload.methods.streaming import Berth, Leaf, Streaming
 from lightning_offload.methods.uses import Recorder, Uses
 from lightning_offload.methods.zo2 import ZO2, compute_dtype, resident_units, stored_dtype
+from lightning_offload.numerics.zeroth import DTYPES as PERTURBED
 
 STEPS, ENTRIES, SUMS, SKIPS, SEEDS, BASE = "steps", "entries", "sums", "skips", "seeds", "base"
 """Keys of what a checkpoint keeps of a run."""
@@ -147,11 +149,17 @@ class Perturbed(Streaming):
             return
         entries = list(chain.from_iterable(self.updates[berth.device_seen - self.gone :]))
         berth.device_seen = self.head
+        self._lanes.mark("update", berth.unit.index)
         if berth.written is not None:  # of a unit that has stayed in its slot since it was written back
             self._lanes.wait_compute(berth.written)
         for leaf, weight in zip(berth.trained, berth.on_device, strict=False):
             key = ("update", leaf.parameter.shape, weight.dtype, len(entries))
             self._lanes.run(key, partial(self.noise.apply, leaf, weight, entries))
+
+    def _phase(self, stream: int) -> str:
+        if not self.streams:
+            return super()._phase(stream)
+        return "l+" if self.streams[stream].sign > 0 else "l-"
 
     def _changes(self, leaf: Leaf) -> bool:
         return leaf.group is not None or super()._changes(leaf)
@@ -274,6 +282,7 @@ class ZerothEngine:
         for part, count in enumerate(counts):
             mine = [loss for stream, loss in zip(streams, losses, strict=True) if stream.part == part]
             self._sums.append((count, [self.lanes.read(loss, 0.0) for loss in mine]))
+        self.lanes.mark("")
         if len(parts) == 1:
             return losses[0]
         return torch.stack([loss * count for loss, count in zip(losses, counts, strict=False)]).sum() / sum(counts)
@@ -286,6 +295,11 @@ class ZerothEngine:
         """
         if not self._sums:
             return
+        self.lanes.mark("step")
+        self._step(clip)
+        self.lanes.mark("")
+
+    def _step(self, clip: Clip | None) -> None:
         self._steps += 1
         sums, self._sums = self._sums, []
         seed, self._seed = self._seed, None
@@ -315,6 +329,7 @@ class ZerothEngine:
         """Every weight at rest has seen every update, and nothing is in flight. Idempotent."""
         with torch.no_grad():
             self.streaming.catch_up()
+        self.lanes.mark("")
         self.lanes.synchronize()
 
     def adopt(self) -> None:
@@ -453,6 +468,18 @@ class ZerothEngine:
         return self.streaming.device_bytes
 
     @property
+    def unit_names(self) -> Sequence[str]:
+        """In the order of their first visit."""
+        return [self.units[index].name for index in self.streaming.places]
+
+    def stop_trace(self) -> list[Span]:
+        """What lanes did since ``lanes.ledger.start_trace()``, each for the unit at its place in ``unit_names``."""
+        shown = self.streaming
+        at = {index: place for place, index in enumerate(shown.places, start=1)}
+        spans = self.lanes.ledger.stop_trace()
+        return [replace(s, order=at[shown.unit_of(s.order)] if s.order >= 0 else -1) for s in spans]
+
+    @property
     def trained(self) -> list[Leaf]:
         """The trained parameters."""
         return [leaf for berth in self.streaming.berths for leaf in berth.trained]
@@ -520,6 +547,12 @@ class ZerothEngine:
         settings, dtypes = self.method.settings, self.dtypes
         if settings.noise == "philox":
             assert settings.seed is not None, "resolve the method first"
+            for leaf in self.trained:
+                if not {leaf.rest.dtype, leaf.compute} <= set(PERTURBED):
+                    raise ValueError(
+                        f"noise='philox' moves weights in float32, but `{leaf.name}` is kept in {leaf.rest.dtype}: "
+                        "pass noise='mezo', or a model in float32 or 16 bits"
+                    )
             return PhiloxNoise(settings.seed, settings.eps, settings.distribution, dtypes.rounding)
         leaves = sorted(self.trained, key=lambda leaf: leaf.place)
         for leaf in leaves:

@@ -273,8 +273,8 @@ class ZerothDryRun:
             compress_s=0.0,
             apply_s=compute_s / self._period - module_s,
             compute_s=compute_s / self._period,
-            kinds={kind: _mean(total, self._period) for kind, total in asked.items()},
-            spans=tuple(self.lanes.ledger.stop_trace()),
+            kinds={kind: _mean(total, self._period) for kind, total in asked.items() if total.operations},
+            spans=tuple(self._engine.stop_trace()),
         )
 
     @property
