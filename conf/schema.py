@@ -111,6 +111,8 @@ class Export:
     """`lightning-offload export`."""
 
     ckpt_path: str = MISSING
+    log: str | None = None
+    base: str | None = None
     output: str | None = None
     dtype: str | None = None
     max_shard_gib: float = 2.0

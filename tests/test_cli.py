@@ -184,6 +184,24 @@ def test_a_named_run_is_never_overwritten_and_feeds_evaluate_and_export(run, ref
     assert "`dtype` is float32" in refused("export", "ckpt_path=runs/mine", "dtype=int8", "output=out2")
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_log_is_exported_as_the_checkpoint_is(precision: str, run, refused, given, inputs) -> None:
+    settings = ["method=zo2", "name=mine", f"precision={precision}", "export=false", "plan=false", "trace=false"]
+    assert run("train", *[s for s in given if not s.startswith("lr")], "lr=1e-3", *settings) == 0
+    assert run("export", "ckpt_path=runs/mine", "output=a") == 0
+    assert run("export", "log=runs/mine/zo2.log", "output=b") == 0
+    shutil.copy("runs/mine/zo2.log", "elsewhere.log")
+    assert run("export", "log=elsewhere.log", f"base={inputs / 'small'}", "output=c") == 0
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in "abc"]
+    start = AutoModelForCausalLM.from_pretrained(inputs / "small", dtype=models[0].dtype)
+    for other in models[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(models[0].parameters(), other.parameters(), strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(models[0].parameters(), start.parameters(), strict=True))
+    assert "belongs to other weights" in refused("export", "log=elsewhere.log", "base=c", "output=d")
+    assert "in no run's folder" in refused("export", "log=elsewhere.log", "output=d")
+    assert "without log=<file>" in refused("export", "ckpt_path=runs/mine", "base=c", "output=d")
+
+
 @pytest.mark.parametrize("method", ["none", "full", "lsp"])
 def test_label_words_are_trained_and_evaluated(method: str, run, given, refused, capsys) -> None:
     rows = [json.dumps({"sentence": f"def add_{n}", "label": n % 2}) + "\n" for n in range(12)]

@@ -78,7 +78,7 @@ RULES = {
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export plots runs doctor bench conf __init__ text",
+        "errors memory methods behaviour planning tracing export replaying plots runs doctor bench conf __init__ text",
         "torch lightning hydra omegaconf",
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +16,8 @@ from lightning_offload.cli.training import held_out
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import export_to_hf, load_weights
+from lightning_offload.replaying import replay
+from lightning_offload.text import CausalLM
 
 
 def evaluate(cfg: DictConfig) -> int:
@@ -49,17 +52,36 @@ def evaluate(cfg: DictConfig) -> int:
 
 
 def export(cfg: DictConfig) -> int:
-    """Write a Hugging Face folder from a run's checkpoint."""
+    """Write a Hugging Face folder from a run's checkpoint, or from the weights that it began with and its log."""
     with user_errors():
-        checkpoint = runs.find_checkpoint(cfg.ckpt_path)
-        folder = runs.folder_of(checkpoint)
-        model = build(OmegaConf.load(folder / runs.CONFIG), "model")
-        load_weights(model, checkpoint)
+        model, source, folder = _replayed(cfg) if cfg.log else _loaded(cfg)
         output = export_to_hf(
             model, cfg.output or folder / runs.MODEL, max_shard_gib=cfg.max_shard_gib, dtype=dtype(cfg.dtype)
         )
-    print(f"written to {shown(output)}; reloaded, it gives the logits of {shown(checkpoint)}")
+    print(f"written to {shown(output)}; reloaded, it gives the logits of {shown(source)}")
     return 0
+
+
+def _loaded(cfg: DictConfig) -> tuple[Any, Path, Path]:
+    """The model of a checkpoint, the checkpoint, and the run's folder."""
+    if cfg.base:
+        raise OffloadError(f"`base` is what a log is replayed on; got base={cfg.base} without log=<file>")
+    checkpoint = runs.find_checkpoint(cfg.ckpt_path)
+    folder = runs.folder_of(checkpoint)
+    model = build(OmegaConf.load(folder / runs.CONFIG), "model")
+    load_weights(model, checkpoint)
+    return model, checkpoint, folder
+
+
+def _replayed(cfg: DictConfig) -> tuple[Any, Path, Path]:
+    """The model of a log, the log, and the folder that it is in; ``base``, or what the run's configuration builds."""
+    log = Path(cfg.log)
+    if cfg.base:
+        return replay(CausalLM(path=cfg.base), log), log, log.parent
+    folder = runs.folder_of(log)
+    stored = OmegaConf.load(folder / runs.CONFIG)
+    L.seed_everything(stored.seed, verbose=False)  # where the run began with random weights
+    return replay(build(stored, "model"), log), log, folder
 
 
 def _fill_in(cfg: DictConfig, run: Path | None) -> None:
