@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_offload.bench.bounds import Counts, full_bound_s, lsp_bound_s
+from lightning_offload.bench.bounds import Counts, full_bound_s, lsp_bound_s, zo2_bound_s
 from lightning_offload.bench.measure import CannotRun
 from lightning_offload.memory.rates import Rates
-from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy
+from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy
 from lightning_offload.text import CausalLM
 
 LR = 1e-4
@@ -27,6 +28,10 @@ GALORE_RANK = 256
 
 def _plain(module: CausalLM) -> Optimizer:
     return AdamW([p for p in module.parameters() if p.requires_grad], lr=LR, fused=True)
+
+
+def _sgd(module: CausalLM) -> Optimizer:
+    return SGD([p for p in module.parameters() if p.requires_grad], lr=1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ NATIVE = Arm(name="native: plain Trainer, AdamW(fused=True)")
 METHODS = (
     Arm(name="full_offload", strategy=FullOffloadStrategy, bound_s=full_bound_s),
     Arm(name="lsp_offload", strategy=LSPOffloadStrategy, bound_s=lsp_bound_s),
+    Arm(name="zo2_offload", strategy=ZO2OffloadStrategy, optimizer=_sgd, bound_s=zo2_bound_s),
 )
 """One arm per method of this package."""
 
@@ -155,7 +161,29 @@ PEERS = (
         note="trains adapters, not the weights",
     ),
 )
-ARMS = (NATIVE, *METHODS, *PEERS)
+_EVERYTHING_GIB = 1e6
+IN_MEMORY = (
+    Arm(
+        name="zo2, everything on the device",
+        strategy=partial(ZO2OffloadStrategy, resident=_EVERYTHING_GIB),
+        optimizer=_sgd,
+        note="two forwards and no backward; a step of zo2 teaches far less than one of the others",
+    ),
+    Arm(
+        name="the same, rademacher noise",
+        strategy=partial(ZO2OffloadStrategy, resident=_EVERYTHING_GIB, distribution="rademacher"),
+        optimizer=_sgd,
+    ),
+    Arm(
+        name="MeZO: everything on the device, noise='mezo'",
+        strategy=partial(ZO2OffloadStrategy, resident=_EVERYTHING_GIB, noise="mezo"),
+        optimizer=_sgd,
+        note="MeZO's arithmetic bit for bit, on this engine",
+    ),
+)
+"""What streaming costs zo2, and what counter-based noise does."""
+
+ARMS = (NATIVE, *METHODS, *IN_MEMORY, *PEERS)
 
 
 def state_bytes(optimizer: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_offload.bench.arms import METHODS
+from lightning_offload.bench.arms import METHODS, Arm
 from lightning_offload.bench.measure import CannotRun
 from lightning_offload.bench.report import Row, Table
 from lightning_offload.bench.training import Workload, take_turn
@@ -46,7 +46,7 @@ def predictions(shape: Callable[[str], Any], *, device: str, length: int, steps:
             clip=1.0,
             recompute=True,
         )
-        made = _planned(work, method, machine)
+        made = _planned(work, arm, method, machine)
         try:
             turn = take_turn(work, arm, steps)
         except CannotRun as error:
@@ -56,12 +56,12 @@ def predictions(shape: Callable[[str], Any], *, device: str, length: int, steps:
     return Table("prediction", f"plan against {machine.device_name}", tuple(rows), tuple(notes))
 
 
-def _planned(work: Workload, method: str, machine: Machine) -> Plan:
+def _planned(work: Workload, arm: Arm, method: str, machine: Machine) -> Plan:
     with torch.device("meta"):
         module = CausalLM(config=work.config, init="random", dtype=work.dtype, gradient_checkpointing=True)
         batch = batch_by_shape(work.batch, work.length, 1)
-    precision: Any = work.precision
-    return plan(module, batch, method=method, precision=precision, hardware=machine, gradient_clip_val=work.clip)
+    how: Any = {"method": method, "precision": work.precision, "gradient_clip_val": work.clip}
+    return plan(module, batch, hardware=machine, optimizer=arm.optimizer(module), **how)
 
 
 def _values(made: Plan, step_s: float, reserved_gib: float | None, machine: Machine) -> dict[str, float]:

@@ -13,10 +13,12 @@ import torch
 
 from lightning_offload.bench.arms import ARMS
 from lightning_offload.bench.host import host_phase
+from lightning_offload.bench.noise import noise_cost
 from lightning_offload.bench.prediction import predictions
 from lightning_offload.bench.quality import QualitySettings, quality
 from lightning_offload.bench.report import Report, Row, Table, environment
-from lightning_offload.bench.simulated import beside_published, simulate
+from lightning_offload.bench.simulated import beside_published, machines, simulate
+from lightning_offload.bench.simulated_zo2 import beside_zo2
 from lightning_offload.bench.training import Workload, compare
 from lightning_offload.bench.zeroth import ZerothSettings, zeroth
 from lightning_offload.memory.budget import Machine
@@ -32,6 +34,10 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 """20 M parameters: where there is nothing to gain, what does offloading cost?"""
+
+
+NOISE_NUMEL = 2**22
+"""At most, of the section on noise: it costs the same per element beyond."""
 
 
 def shape(name: str) -> dict[str, Any]:
@@ -143,6 +149,15 @@ def _simulated(settings: BenchSettings) -> Iterator[Table]:
         yield simulate(name, shape(name), batch=settings.batch, length=settings.length)
 
 
+def _published_zo2(settings: BenchSettings) -> Iterator[Table]:
+    known = machines()
+    yield from beside_zo2(shape, {where: known[where] for where in ("a100", "rtx4090")})
+
+
+def _noise(settings: BenchSettings) -> Iterator[Table]:
+    yield noise_cost(min(settings.numel, NOISE_NUMEL), settings.rounds)
+
+
 def _training(settings: BenchSettings) -> Iterator[Table]:
     rates = _rates() if _device() == "cuda" else None  # without a device the lanes are one and the same processor
     for name in settings.models:
@@ -185,7 +200,9 @@ SECTIONS: dict[str, Section] = {
     "host": Section(_host),
     "overhead": Section(_overhead),
     "simulated": Section(_simulated),
+    "noise": Section(_noise),
     "published": Section(lambda settings: beside_published()),
+    "published_zo2": Section(_published_zo2),
     "training": Section(_training, lambda: _needs_cuda("training")),
     "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
     "quality": Section(

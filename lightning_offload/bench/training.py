@@ -29,6 +29,7 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Total
 from lightning_offload.memory.rates import Rates
+from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.text import CausalLM, batch_by_shape
 
 WARM_UP = 2
@@ -245,7 +246,10 @@ class _Clock(L.Callback):
             busy_s = total.seconds - self._before.get(lane, Total()).seconds
             self.values[f"{lane}_busy_percent"] = 100 * busy_s / self.seconds
         engine = _engine(trainer)
-        held = engine.host_bytes(engine.trained) if engine else state_bytes(module.own)
+        if isinstance(engine, ZerothEngine):
+            held = engine.streaming.host_bytes
+        else:
+            held = engine.host_bytes(engine.trained) if engine else state_bytes(module.own)
         self.values["state_gib"] = held / GIB
 
 
