@@ -119,6 +119,7 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
             return
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
+        self._close_log()  # a tuner's trial had it
         if self.log_file is not None:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             self._log = LogFile(self.log_file, self.engine.header(), self.engine.log)
@@ -178,9 +179,12 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
     @override
     def _detach(self) -> None:
         super()._detach()
+        self._close_log()
+
+    def _close_log(self) -> None:
         if self._log is not None:
             self._log.close()
-            self._log = None
+        self._log = None
 
     def _close_forwards(self) -> None:
         if self._forwards is not None:

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
 
-from lightning_offload import ZO2OffloadStrategy
+from lightning_offload import OffloadPrecision, ZO2OffloadStrategy, replay
 from tests.helpers import VOCAB, Net, pairwise, row_id
 from tests.lit import trainer
 from tests.zo2 import ZO2, ZLit, oracle, same_weights, sgd, shuffled_zo2, zfit, zo2
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16, "bf16-mixed": torch.float32}
-ROUNDS_TO_NEAREST = {"rounding": "nearest"}
 
 
 def batches(module: ZLit, epochs: int = 1) -> list[Tensor]:
@@ -37,8 +36,6 @@ def batches(module: ZLit, epochs: int = 1) -> list[Tensor]:
 
 def nearest(precision: str, **settings: Any) -> ZO2OffloadStrategy:
     """The oracle rounds to nearest."""
-    from lightning_offload import OffloadPrecision
-
     return zo2(precision_plugin=OffloadPrecision(precision, rounding="nearest"), **settings)
 
 
@@ -279,8 +276,10 @@ def test_the_learning_rate_finder_leaves_the_weights_as_they_were(tmp_path: Path
             pl_module.kept = all(torch.equal(v, before[k]) for k, v in pl_module.state_dict().items() if k != "seen")
 
     module, found = LrLit(samples=40), Looks(num_training_steps=15, min_lr=1e-6, max_lr=1e-1, update_attr=False)
-    run = zfit(module, zo2(), callbacks=[found], max_epochs=1, default_root_dir=tmp_path)
+    strategy = zo2(log_file=tmp_path / "a.log")
+    run = zfit(module, strategy, callbacks=[found], max_epochs=1, default_root_dir=tmp_path)
     assert module.kept
+    assert same_weights(replay(LrLit().net, tmp_path / "a.log"), module.net)  # no step of the trial is in the log
     assert len(found.optimal_lr.results["lr"]) >= 14
     assert run.global_step == 20
     assert [entry.step for entry in run.strategy.log] == list(range(1, 21))
