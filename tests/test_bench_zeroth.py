@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 
 from lightning_offload.bench import zeroth as bench
 from lightning_offload.bench.quality_runs import Result
@@ -61,6 +62,8 @@ def test_runs_are_remembered_and_rows_are_means_over_seeds(tmp_path: Path, monke
     assert facts.rows[0].values["loss"] == 5.0
     assert facts.rows[0].values["loss_std"] == 1.0
     assert list(zeroth(settings)) == [facts, answers]
+    for text in ("facts", "gsm8k"):
+        assert imread(tmp_path / f"zeroth-{text}.png").shape[2] == 4
     assert len(trained) == 3 * (len(facts.rows) + len(answers.rows))
 
 

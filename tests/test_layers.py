@@ -71,7 +71,7 @@ RULES = {
     "bench": May(
         "errors memory methods numerics planning behaviour strategies text",
         "torch lightning typing_extensions",
-        "yaml torchao galore_torch peft",
+        "yaml matplotlib torchao galore_torch peft",
     ),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow"),
     "doctor": May("memory", "torch"),

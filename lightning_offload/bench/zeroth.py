@@ -202,12 +202,15 @@ def directions_of(settings: Mapping[str, Any]) -> int:
 
 
 def zeroth(settings: ZerothSettings) -> Iterator[Table]:
-    """A table of facts, and one of GSM8K where it is given."""
+    """A table of facts, and one of GSM8K where it is given; their curves in the folder, as ``zeroth-<text>.png``."""
     cache = Cache(Path(settings.folder), train)
     for gsm8k in [None] if settings.gsm8k is None else [None, settings.gsm8k]:
         arms = [runs_of(name, gsm8k, settings) for name in settings.arms or ZEROTH_ARMS]
-        rows = tuple(_row(runs[0], [cache.result(run) for run in runs]) for runs in arms if runs)
+        done = [(runs[0], [cache.result(run) for run in runs]) for runs in arms if runs]
+        rows = tuple(_row(run, results) for run, results in done)
         text = "answers of GSM8K" if gsm8k else "unseen facts"
+        picture = Path(settings.folder, f"zeroth-{'gsm8k' if gsm8k else 'facts'}.png")
+        draw_curves({run.arm: results for run, results in done}, picture, text)
         yield Table("zeroth", f"{text}, {settings.forwards:,} forwards, {settings.seeds} seeds", rows, (_ABOUT,))
 
 
@@ -219,6 +222,38 @@ def runs_of(name: str, gsm8k: str | None, settings: ZerothSettings) -> list[Zero
         return []
     shared = partial(ZerothRun, arm=name, settings=arm.settings, rate=rate, forwards=settings.forwards, gsm8k=gsm8k)
     return [shared(seed=seed) for seed in range(1, settings.seeds + 1)]
+
+
+def draw_curves(results: Mapping[str, list[Result]], out: Path, text: str) -> Path:
+    """Draw loss against forwards: every seed thin, their mean thick.
+
+    Args:
+        results: Of each arm, seed by seed.
+        out: The picture to write.
+        text: What the loss is of.
+
+    Returns:
+        ``out``.
+    """
+    # by object: pyplot would keep figures in global state and could open a window
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for at, (arm, seeds) in enumerate(results.items()):
+        curves = [result.curve for result in seeds if result.curve]
+        for curve in curves:
+            axes.plot(*zip(*curve, strict=True), color=f"C{at}", linewidth=0.7, alpha=0.5)
+        mean = [(points[0][0], fmean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
+        axes.plot(*zip(*mean, strict=True), "o-", color=f"C{at}", markersize=4, markeredgecolor="white", label=arm)
+    axes.set(xlabel="forwards", ylabel=f"loss on {text}\n(nats per token)")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(out)
+    return out
 
 
 _ABOUT = "all weights of the shipped model in fp32; seconds are of one thread of a machine that others may be using"
