@@ -357,6 +357,35 @@ def test_evaluation_sees_every_update_and_disturbs_nothing(every: int) -> None:
         assert_equal(ours, wanted)
 
 
+@pytest.mark.parametrize("noise", ["philox", "mezo"])
+def test_evaluation_and_saving_within_a_step_disturb_nothing(noise: str) -> None:
+    batches = token_batches(STEPS, batch=4)
+
+    def halves(batch: Tensor) -> list[list[Tensor]]:
+        return [[half] for half in batch.chunk(2)]
+
+    wanted = by_engine(net(), batches, parts=halves, noise=noise)
+    made = net()
+    engine = make_engine(made, noise=noise, write_back_every=2)
+    np.random.seed(5)
+    steps = []
+    for batch in batches:
+        first, second = batch.chunk(2)
+        engine.micro_batch(made.loss, [first])
+        with torch.inference_mode():
+            made.loss(second)
+        made.state_dict()
+        engine.micro_batch(made.loss, [second])
+        engine.step()
+        steps.append((engine.report.loss_plus, engine.report.coefficient))
+    engine.detach()
+    assert steps == wanted.steps
+    assert_weights(made, wanted.weights)
+    with torch.no_grad():
+        made.embed.weight.mul_(2)  # no tensor of inference mode is left behind
+    made.loss(batches[0]).backward()
+
+
 def test_state_dict_has_seen_every_update() -> None:
     batches = token_batches(STEPS)
     states: list[dict[str, Tensor]] = []
