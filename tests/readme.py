@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.lsp import LSPSettings
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.settings import CommonSettings, GradientSettings
+from lightning_offload.methods.zo2 import ZO2Settings
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -60,6 +61,8 @@ TREE = {
     "lightning_offload/methods/meter.py": "FLOPs, bytes and live memory of what runs",
     "lightning_offload/methods/drivers.py": "what a dry run drives: an engine, or an optimizer alone",
     "lightning_offload/methods/dryrun.py": "one step of the real engine on a fake twin and virtual lanes",
+    "lightning_offload/methods/zeroth_dryrun.py": "the same of zo2: forwards in lock-step, written down and played again",
+    "lightning_offload/methods/priced_noise.py": "what noise and updates would take there",
     "lightning_offload/methods/part.py": "something goes down in backward, the host steps with it",
     "lightning_offload/methods/full.py": "method `full`: exact AdamW",
     "lightning_offload/methods/host.py": "gradients down, the step on the host, weights up",
@@ -109,6 +112,7 @@ TREE = {
     "lightning_offload/bench/host.py": "the host's share of a step, beside torch's kernel and the memory's rate",
     "lightning_offload/bench/noise.py": "what noise costs on the CPU, beside torch's own",
     "lightning_offload/bench/simulated.py": "planned steps on the machines of `conf/hardware`: schedule against bound",
+    "lightning_offload/bench/simulated_zo2.py": "OPT models under zo2, planned, beside its authors' memory",
     "lightning_offload/bench/prediction.py": "the plan beside measured steps: seconds, bytes, peaks",
     "lightning_offload/bench/training.py": "whole steps of models by shape: time, memory, lanes",
     "lightning_offload/bench/quality.py": "held-out loss at equal steps: rates tuned alike, seeds, the table",
@@ -125,7 +129,7 @@ TREE = {
 """Every module of the package; `text/` in one line."""
 
 
-def settings_rows(kind: type[GradientSettings], *, shared: bool) -> list[str]:
+def settings_rows(kind: type[CommonSettings], *, shared: bool) -> list[str]:
     """Name, default and meaning from the settings dataclass: what all methods share, or what only this one has."""
     names = {field.name for field in fields(GradientSettings)}
     chosen = [f.name for f in fields(kind) if (f.name in names) == shared]
@@ -158,6 +162,7 @@ def render(text: str) -> str:
     tables = {
         "settings: generated": settings_rows(FullSettings, shared=True),
         "lsp settings: generated": settings_rows(LSPSettings, shared=False),
+        "zo2 settings: generated": settings_rows(ZO2Settings, shared=False),
         "tree: generated": tree_rows(),
     }
     for marker, rows in tables.items():
