@@ -147,9 +147,12 @@ def test_optimizers_that_need_the_trainer_are_passed() -> None:
 @pytest.mark.parametrize(
     ("make", "settings", "said"),
     [
-        (Plain, {"method": "fulll"}, "`method` must be one of none, zero-offload, full, lsp, got 'fulll'"),
+        (Plain, {"method": "fulll"}, "`method` must be one of none, zero-offload, full, lsp, zo2, got 'fulll'"),
         (Plain, {"hardware": "rtx9"}, "`hardware` must be a Machine or one of a100, auto, .*, got 'rtx9'"),
-        (Plain, {"precision": "16-true"}, "`precision` must be one of 32-true, bf16-mixed, bf16-true, got '16-true'"),
+        (Plain, {"precision": "16"}, "`precision` must be one of 32-true, bf16-mixed, bf16-true, 16-true, got '16'"),
+        (Plain, {"precision": "16-true"}, "`precision='16-true'` is for method 'zo2', got method='full'.*pass"),
+        (Plain, {"method": "zo2", "settings": FullSettings()}, "`settings` must be ZO2Settings.* for method='zo2'"),
+        (Plain, {"method": "zo2"}, "`AdamW` cannot be used with method `zo2`.*torch.optim.SGD"),
         (Plain, {"accumulate_grad_batches": 2.5}, "`accumulate_grad_batches` must be an integer >= 1, got 2.5"),
         (Plain, {"gradient_clip_val": -1.0}, "`gradient_clip_val` must be a number >= 0, or None, got -1.0"),
         (Plain, {"gradient_clip_algorithm": "nrom"}, "`gradient_clip_algorithm` must be 'norm' or 'value', got 'nrom'"),
@@ -210,7 +213,7 @@ def test_methods_that_a_model_cannot_have_are_left_out_of_a_comparison() -> None
     module = Plain()
     rmsprop = torch.optim.RMSprop(module.parameters())
     compared = planned(module, method="none", optimizer=rmsprop, compare=True)
-    assert compared.others == ()
+    assert [other.method for other in compared.others] == ["zo2"]  # with SGD: it takes no other's optimizer
     said = [note for note in compared.notes if "cannot be compared" in note]
     assert [note.split(": ")[0] for note in said] == [
         f"{m} cannot be compared" for m in ("zero-offload", "full", "lsp")

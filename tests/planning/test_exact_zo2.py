@@ -1,0 +1,180 @@
+"""What is predicted of zo2 is what a real run on the CPU does, step after step once its pipeline is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_offload.memory.arena import HostMemory, HostReport
+from lightning_offload.memory.lanes import InlineLanes
+from lightning_offload.memory.ledger import Total
+from lightning_offload.methods.base import DTypes
+from lightning_offload.methods.meter import Meter
+from lightning_offload.methods.zeroth import ZerothEngine
+from lightning_offload.methods.zo2 import ZO2, ZO2Settings
+from lightning_offload.parts import parts_of
+from lightning_offload.planning import plan
+from lightning_offload.planning.methods import ZEROTH
+from lightning_offload.planning.scenario import Dry, Scenario
+from lightning_offload.precision import OffloadPrecision
+from tests.helpers import pairwise, row_id
+from tests.planning.machines import cpu, gpu
+from tests.planning.test_exact import loss_of, sized
+from tests.zoo import ZOO
+
+Kinds = dict[tuple[str, str], tuple[int, int]]
+
+
+class Real:
+    """The engine on a module, everything inline."""
+
+    def __init__(self, module: nn.Module, batch: Any, settings: ZO2Settings, precision: str) -> None:
+        self.method = ZO2(settings)
+        dtypes = DTypes.of(precision, self.method.rounding)
+        self.module, self.parts = module.eval(), parts_of(batch, settings.micro_batches)
+        if dtypes.compute is not None:
+            module.to(dtypes.compute)
+        self.lanes = InlineLanes(HostMemory(pin=False))
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+        self.engine = ZerothEngine(module, optimizer, self.method, self.lanes, dtypes)
+        self.plugin = OffloadPrecision(precision)  # type: ignore[arg-type]
+        self.plugin.use_device(torch.device("cpu"))
+
+    def step(self, micro_batches: int = 1) -> None:
+        for _ in range(micro_batches):
+            with self.plugin.forward_context():
+                self.engine.micro_batch(lambda part: loss_of(self.module(**part)), self.parts)
+        self.engine.step()
+
+    def kinds(self) -> Kinds:
+        return counted(self.lanes.ledger.kinds)
+
+    def report(self) -> HostReport:
+        return self.lanes.memory.report()
+
+
+def counted(kinds: dict[tuple[str, str], Total]) -> Kinds:
+    return {kind: (total.operations, total.bytes) for kind, total in kinds.items()}
+
+
+ROWS = pairwise(
+    {
+        "family": ["llama", "gpt2", "opt", "qwen3", "albert", "phi"],
+        "precision": ["32-true", "bf16-true", "16-true", "bf16-mixed"],
+        "accumulates": [1, 3],
+        "micro_batches": [1, 2],
+        "directions": [1, 2],
+        "slots": [3, 4],
+        "min_numel": [0, 4096],
+        "resident": ["auto", 1e-4, 10.0],
+        "write_back_every": [1, 3],
+        "distribution": ["popcount", "rademacher"],
+    }
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
+def test_bytes_of_every_lane_arenas_and_flops(row: dict[str, Any]) -> None:
+    module, batch = ZOO[row["family"]]()
+    names = ("micro_batches", "directions", "slots", "min_numel", "resident", "write_back_every", "distribution")
+    settings = ZO2Settings(seed=0, **{name: row[name] for name in names})
+    precision, accumulates, period = row["precision"], row["accumulates"], row["write_back_every"]
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    dry = Dry(
+        Scenario(
+            module,
+            batch,
+            cpu(),
+            method=ZEROTH,
+            settings=settings,
+            precision=precision,
+            micro_batches=accumulates,
+            optimizer=optimizer,
+        )
+    )
+    predicted = dry.timing.kinds
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "planning trained"
+
+    real = Real(module, batch, settings, precision)
+    for _ in range(2 * period):
+        real.step(accumulates)
+    full = real.kinds()
+    for _ in range(period):
+        with Meter() as meter:
+            real.step(accumulates)
+    done = {
+        kind: ((operations - full[kind][0]) // period, (moved - full[kind][1]) // period)
+        for kind, (operations, moved) in real.kinds().items()
+        if operations > full[kind][0]
+    }
+    assert counted(dict(predicted)) == done
+    assert dry.run.lanes.memory.report() == real.report()
+    assert dry.run.flops == meter.flops > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true", "bf16-mixed"])
+def test_the_peak_on_the_device_is_within_five_percent(family: str, precision: str) -> None:
+    predicted, measured = predicted_and_measured(*sized(family, precision), precision)
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"directions": 2},
+        {"micro_batches": 4},
+        {"slots": 5, "prefetch": 3},
+        {"resident": 1.0, "distribution": "gaussian"},
+        {"distribution": "rademacher"},
+    ],
+    ids=row_id,
+)
+def test_so_it_is_with_other_settings(settings: dict[str, Any]) -> None:
+    predicted, measured = predicted_and_measured(*sized("llama", "bf16-true"), "bf16-true", **settings)
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def predicted_and_measured(
+    make: Callable[[], nn.Module], batch: dict[str, Tensor], precision: Any, **changed: Any
+) -> tuple[int, int]:
+    """Peak bytes on the device in steps; of all streams, whose threads torch's memory profiler would not see."""
+    settings = ZO2Settings(seed=0, **changed)
+    planned = plan(make(), batch, method="zo2", settings=settings, precision=precision, hardware=cpu())
+    real = Real(make(), batch, settings, precision)
+    held = [*real.module.buffers(), *tree_leaves(real.parts)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    with Meter() as meter:
+        for _ in range(3):
+            real.step()
+    return planned.device.bytes, real.engine.device_bytes + sum(storages.values()) + meter.peak.bytes
+
+
+@pytest.mark.parametrize(("duplex", "slower"), [(1.0, 1.0), (0.8, 1.25)])
+def test_a_step_on_a_slow_link_takes_what_the_link_takes(duplex: float, slower: float) -> None:
+    """All weights up and down; where the directions slow each other, by that."""
+    make, batch = sized("opt", "16-true")
+    machine = gpu(h2d_gb_per_s=0.1, d2h_gb_per_s=0.1, duplex=duplex)
+    planned = plan(make(), batch, method="zo2", precision="16-true", hardware=machine)
+    blocks = sum(p.numel() for name, p in make().named_parameters() if "layers" in name)
+    link_s = 2 * blocks / 1e8
+    assert planned.lanes["h2d"].bytes == planned.lanes["d2h"].bytes == 2 * blocks
+    assert planned.bound_s == pytest.approx(slower * link_s)
+    assert planned.bound_s <= planned.step_s < 1.1 * planned.bound_s
+    assert planned.bottleneck.startswith("the link ")
+
+
+def test_with_all_weights_on_the_device_nothing_is_waited_for() -> None:
+    make, batch = sized("opt", "16-true")
+    settings = ZO2Settings(resident=10.0)
+    machine = gpu(h2d_gb_per_s=0.1, d2h_gb_per_s=0.1)
+    planned = plan(make(), batch, method="zo2", precision="16-true", hardware=machine, settings=settings)
+    assert set(planned.lanes) == {"compute"}
+    assert planned.step_s == pytest.approx(planned.bound_s)
+    assert planned.host.bytes == 0
