@@ -69,11 +69,13 @@ def beside_zo2(
         ("simulated, not measured; context and the allocator's rounding included",),
     )
     for where, machine in machines.items():
+        made = {name: Dry(scenario(shape(name), machine)) for name in models}
         yield Table(
             "published_zo2",
             f"zo2 on {where}, fp16, 1 x {LENGTH} tokens",
-            tuple(Row(name, _step(shape(name), machine)) for name in models),
+            tuple(Row(name, _step(dry)) for name, dry in made.items()),
             (
+                *(f"{name} does not fit" for name, dry in made.items() if not (dry.device.fits and dry.host.fits)),
                 "simulated, not measured; in memory: the same arithmetic with all weights on the device, whether or "
                 "not they fit; break-even: tokens per step from which on it is as fast as that",
             ),
@@ -94,8 +96,8 @@ def _memory(config: dict[str, Any], machine: Machine) -> dict[str, float]:
     }
 
 
-def _step(config: dict[str, Any], machine: Machine) -> dict[str, float]:
-    plan = (dry := Dry(scenario(config, machine))).plan()
+def _step(dry: Dry) -> dict[str, float]:
+    plan = dry.plan()
     timing, tokens = dry.timing, plan.tokens
     fixed_s = timing.compute_s - timing.module_s  # noise and updates do not grow with tokens
     return {
