@@ -37,6 +37,13 @@ def make_lanes(device: torch.device, machine: Machine, settings: CommonSettings)
     return cuda_lanes(memory, device, threads if isinstance(threads, int) else None)
 
 
+def machine_for(module: LightningModule, settings: CommonSettings, device: torch.device) -> Machine:
+    """What there is for training ``module``, within the caps of ``settings``."""
+    if 16 * sum(p.numel() for p in module.parameters()) >= LARGE_BYTES:
+        gc.collect()  # a Trainer is a reference cycle: what an earlier one held counts as available
+    return Machine.detect(device).capped(device_bytes=settings.max_device_bytes, host_bytes=settings.max_host_bytes)
+
+
 def attach(
     who: str,
     trainer: Trainer,
@@ -60,11 +67,8 @@ def attach(
         make_lanes: The lanes.
         uses: What a plan has found out about the forward.
     """
-    asked = method.settings
-    if 16 * sum(p.numel() for p in module.parameters()) >= LARGE_BYTES:
-        gc.collect()  # a Trainer is a reference cycle: what an earlier one held counts as available
-    machine = Machine.detect(device).capped(device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes)
-    units = partition(module, asked.blocks)
+    machine = machine_for(module, method.settings, device)
+    units = partition(module, method.settings.blocks)
     reasons = method.resolve(
         module, units, machine, dtypes, accumulates=accumulates(trainer, module), before=chosen_before(trainer)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_offload.attaching import MakeLanes, machine_for
 from lightning_offload.errors import CheckpointError, OffloadError
-from lightning_offload.memory.arena import LARGE_BYTES
 from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
-from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.engine import METHOD
-from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2
@@ -29,18 +26,13 @@ from lightning_offload.parts import parts_of, weight_of
 from lightning_offload.resuming import EXTRAS, chosen_before, warn_of_weights_alone
 from lightning_offload.windows import Window, find_window
 
-MakeLanes = Callable[[Machine, CommonSettings], Lanes]
-
 
 def resolved(
     who: str, trainer: Trainer, module: LightningModule, method: ZO2, dtypes: DTypes, device: torch.device
 ) -> tuple[Machine, list[Unit]]:
     """The machine and the module's units; every ``"auto"`` of ``method`` is chosen and said."""
-    asked = method.settings
-    if sum(p.numel() * p.element_size() for p in module.parameters()) >= LARGE_BYTES:
-        gc.collect()  # a Trainer is a reference cycle: what an earlier one held counts as available
-    machine = Machine.detect(device).capped(device_bytes=asked.max_device_bytes, host_bytes=asked.max_host_bytes)
-    units = partition(module, asked.blocks)
+    machine = machine_for(module, method.settings, device)
+    units = partition(module, method.settings.blocks)
     for reason in method.resolve(units, machine, dtypes, before=chosen_before(trainer)):
         rank_zero_info(f"{who}: {reason}")
     return machine, units

@@ -51,7 +51,7 @@ RULES = {
         "methods calibration resuming attaching behaviour",
         "torch lightning typing_extensions",
     ),
-    "zeroth_attaching": May("errors memory methods windows resuming parts", "torch lightning"),
+    "zeroth_attaching": May("errors memory methods windows resuming parts attaching", "torch lightning"),
     "zeroth_behaviour": May("methods behaviour zeroth_attaching", "torch lightning typing_extensions"),
     "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
