@@ -120,7 +120,9 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
         self._close_log()  # a tuner's trial had it
-        if self.log_file is not None:
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        if self.log_file is not None and not trainer.fast_dev_run:  # which leaves nothing behind
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             self._log = LogFile(self.log_file, self.engine.header(), self.engine.log)
 

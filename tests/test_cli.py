@@ -110,9 +110,21 @@ OF_METHOD = {
     "none": ["method=none"],
     "full": ["method=full"],
     "lsp": ["trainer.strategy.min_numel=0", "trainer.strategy.nnz=4"],  # the default method
+    "zo2": ["method=zo2", "trainer.strategy.min_numel=0"],
     "lsp_paper": ["method=lsp_paper", "trainer.strategy.min_numel=0", "trainer.strategy.fit_steps=2"],
 }
 """What makes each method work on a model of this size."""
+
+
+def test_weights_may_stream_to_be_evaluated_and_generate(run, given) -> None:
+    assert run("train", *given, "method=none", "name=a", "plan=false") == 0
+    found = {}
+    for method in ("none", "streamed"):
+        of_method = ["trainer.strategy.min_numel=0"] if method == "streamed" else []
+        assert run("evaluate", "ckpt_path=runs/a", f"method={method}", *of_method, "hardware=cpu") == 0
+        found[method] = json.loads(Path("runs/a/evaluation.json").read_text())
+    assert found["streamed"] == found["none"]
+    assert found["none"]["sample"]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -124,11 +136,12 @@ def test_train_and_export_in_every_precision(method: str, precision: str, run, g
     assert AutoModelForCausalLM.from_pretrained("runs/a/hf")
 
 
-@pytest.mark.parametrize("method", ["none", "full", "lsp"])
+@pytest.mark.parametrize("method", ["none", "full", "lsp", "zo2"])
 def test_train_writes_everything_and_continues(method: str, run, given, capsys, workplace: Path) -> None:
     assert run("train", *given, *OF_METHOD[method]) == 0
     folder = workplace / "runs" / f"{method}-pretrained-text-1"
     drawn = ["timeline.png", "trace.json"] if method != "none" else []
+    drawn += ["zo2.log"] if method == "zo2" else []
     assert {p.name for p in folder.iterdir()} == {"config.yaml", "checkpoints", "hf", "logs", "loss.png", *drawn}
     assert all(imread(folder / name).std() > 0 for name in ("loss.png", *drawn[:1]))
     assert AutoModelForCausalLM.from_pretrained(folder / "hf")
@@ -202,7 +215,7 @@ def test_a_log_is_exported_as_the_checkpoint_is(precision: str, run, refused, gi
     assert "without log=<file>" in refused("export", "ckpt_path=runs/mine", "base=c", "output=d")
 
 
-@pytest.mark.parametrize("method", ["none", "full", "lsp"])
+@pytest.mark.parametrize("method", ["none", "full", "lsp", "zo2"])
 def test_label_words_are_trained_and_evaluated(method: str, run, given, refused, capsys) -> None:
     rows = [json.dumps({"sentence": f"def add_{n}", "label": n % 2}) + "\n" for n in range(12)]
     Path("sst2").mkdir()

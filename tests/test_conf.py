@@ -188,6 +188,7 @@ def test_a_precision_on_the_command_line_wins_over_the_hardware() -> None:
 DEPARTS = {
     "lsp_paper": {"preset": "paper", "share": "type", "fit_lr": 0.05},
     "zo2": {"log_file": "runs/a-1/zo2.log"},
+    "streamed": {"log_file": "runs/a-1/zo2.log"},
 }
 """Where a file of a method is not at the strategy's defaults."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.utils.data import DataLoader
 
 from lightning_offload import runs
 from lightning_offload.cli.building import build, build_data, dtype, shown
@@ -35,7 +36,8 @@ def evaluate(cfg: DictConfig) -> int:
         data = build_data(cfg, model)
         trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False)
     metrics = held_out(trainer, model, data, split=cfg.split)
-    sample = model.to(trainer.strategy.root_device).generate(cfg.prompt, cfg.max_new_tokens)
+    prompts: Any = [{"prompt": cfg.prompt, "max_new_tokens": cfg.max_new_tokens}]
+    (sample,) = trainer.predict(model, DataLoader(prompts, batch_size=None))
     print("\n" + "   ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()))
     print(f"\n{cfg.prompt}{sample}\n")
     output = Path(cfg.output or (run or Path()) / "evaluation.json")

@@ -123,6 +123,11 @@ class CausalLM(L.LightningModule):
     test_step = validation_step
 
     @override
+    def predict_step(self, batch: dict[str, Any]) -> str:
+        """Continue a prompt; `batch` is what `generate` takes."""
+        return self.generate(**batch)
+
+    @override
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
@@ -169,7 +174,7 @@ class CausalLM(L.LightningModule):
         """Continue `prompt`; `options` are those of transformers' ``generate`` (greedy by default)."""
         if self.tokenizer is None:
             raise ValueError("This model has no tokenizer: pass tokenizer_path=<folder or hub id>.")
-        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.network.device)
+        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
         was_training = self.network.training
         self.network.eval()
