@@ -40,6 +40,9 @@ def test_mezo_keeps_all_weights_on_the_device() -> None:
     mezo, streamed = (train(run_of(arm, forwards=2)) for arm in ("MeZO, all resident", "popcount"))
     assert mezo.host_bytes == 0 < streamed.host_bytes
     assert mezo.device_bytes > streamed.device_bytes
+    weights, block = 1_916_640 * 4, 317_760 * 4
+    assert 0 <= mezo.device_bytes - weights - 2048 * 160 * 4 < 4096  # and what forwards see: the largest unit
+    assert abs(mezo.device_bytes - streamed.device_bytes - 3 * block) < 4096  # five blocks in two slots
 
 
 def test_a_run_that_is_not_finite_has_an_infinite_loss() -> None:

@@ -139,14 +139,14 @@ def train(run: ZerothRun) -> Result:
             loss = curve[-1][1]
         except NonFiniteError:
             curve, seconds, loss = [], [0.0], float("inf")
-        host_bytes = engine.lanes.memory.report().allocated_bytes
+        device_bytes, host_bytes = engine.device_bytes, engine.lanes.memory.report().allocated_bytes
         engine.detach()
         return Result(
             loss=loss,
             curve=curve,
             step_s=median(seconds),
             cpu_s=process_time() - begun,
-            device_bytes=engine.device_bytes,
+            device_bytes=device_bytes,
             host_bytes=host_bytes,
         )
 
