@@ -61,7 +61,7 @@ TREE = {
     "lightning_offload/methods/meter.py": "FLOPs, bytes and live memory of what runs",
     "lightning_offload/methods/drivers.py": "what a dry run drives: an engine, or an optimizer alone",
     "lightning_offload/methods/dryrun.py": "one step of the real engine on a fake twin and virtual lanes",
-    "lightning_offload/methods/zeroth_dryrun.py": "the same of zo2: forwards in lock-step, written down and played again",
+    "lightning_offload/methods/zeroth_dryrun.py": "the same of zo2: forwards in lock-step, recorded and replayed",
     "lightning_offload/methods/priced_noise.py": "what noise and updates would take there",
     "lightning_offload/methods/part.py": "something goes down in backward, the host steps with it",
     "lightning_offload/methods/full.py": "method `full`: exact AdamW",
