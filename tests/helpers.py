@@ -265,4 +265,5 @@ def pairwise(factors: dict[str, list[Any]], *, seed: int = 0) -> list[dict[str, 
 
 
 def row_id(row: dict[str, Any]) -> str:
-    return "-".join(str(value) for value in row.values())
+    """The same in every process: a function by its name, not its address."""
+    return "-".join(getattr(value, "__name__", str(value)) for value in row.values())
