@@ -68,10 +68,8 @@ def _launch(
             weight.detach(),
             *(outs + [weight.detach()] * (2 - len(outs))),
             weight.numel(),
-            tuple(_signed(each) for each in used),
-            tuple(each.direction for each in used),
-            tuple(each.parameter for each in used),
-            tuple(number for update in updates for number in (update.coefficient, update.lr, update.weight_decay)),
+            tuple(_unspecialized(word) for each in used for word in (*each.key, each.parameter, each.direction)),
+            tuple(float(x) for update in updates for x in (update.coefficient, update.lr, update.weight_decay)),
             tuple(float(copy.scale) for copy in copies),
             updates=len(updates),
             copies=len(copies),
@@ -84,15 +82,15 @@ def _launch(
         )
 
 
-def _signed(draw: Draw) -> int:
-    low, high = draw.key
-    return (high << 32 | low) - (high >> 31 << 64)
+def _unspecialized(word: int) -> int:
+    """Twice the 32-bit word, in 64 bits and odd: Triton compiles ints in tuples anew by width, for 1 and for 16 n."""
+    return 1 << 40 | word << 1 | 1
 
 
 @cache
 def _kernel() -> Any:
     """Defines the kernels; `tl` and the smaller ones become globals of this module."""
-    global tl, _set_bits, _normals, _noise, _bits, _stochastic, _narrow, _advance
+    global tl, _set_bits, _normals, _word, _philox, _noise, _bits, _stochastic, _narrow, _advance
     import triton
     import triton.language as tl
 
@@ -110,11 +108,20 @@ def _kernel() -> Any:
         return radius * tl.cos(angle), radius * tl.sin(angle)
 
     @triton.jit
-    def _noise(key, direction, parameter, first, distribution: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr):
-        call = first // lanes + tl.arange(0, block // lanes)
+    def _word(word):
+        return tl.cast(word >> 1, tl.uint32)
+
+    @triton.jit
+    def _philox(words, i: tl.constexpr, call, domain: tl.constexpr):
+        key = tl.cast(_word(words[4 * i + 1]), tl.uint64) << 32 | _word(words[4 * i])
         zero = tl.zeros_like(call).to(tl.uint32)
-        c2, c3 = zero + parameter.to(tl.uint32), zero + direction.to(tl.uint32)
-        a, b, c, d = tl.philox(key, call.to(tl.uint32), (call >> 32).to(tl.uint32), c2, c3)
+        c2, c3 = zero + _word(words[4 * i + 2]), zero + (_word(words[4 * i + 3]) | domain)
+        return tl.philox(key, call.to(tl.uint32), (call >> 32).to(tl.uint32), c2, c3)
+
+    @triton.jit
+    def _noise(words, i: tl.constexpr, first, distribution: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr):
+        call = first // lanes + tl.arange(0, block // lanes)
+        a, b, c, d = _philox(words, i, call, 0)
         if distribution == "popcount":
             z = tl.interleave(_set_bits(a) + _set_bits(b), _set_bits(c) + _set_bits(d))
             z = (z - 32.0) * 0.25
@@ -129,11 +136,9 @@ def _kernel() -> Any:
         return z
 
     @triton.jit
-    def _bits(key, direction, parameter, first, domain: tl.constexpr, block: tl.constexpr):
+    def _bits(words, i: tl.constexpr, first, domain: tl.constexpr, block: tl.constexpr):
         call = first // 8 + tl.arange(0, block // 8)
-        zero = tl.zeros_like(call).to(tl.uint32)
-        c2, c3 = zero + parameter.to(tl.uint32), zero + (direction.to(tl.uint32) | domain)
-        a, b, c, d = tl.philox(key, call.to(tl.uint32), (call >> 32).to(tl.uint32), c2, c3)
+        a, b, c, d = _philox(words, i, call, domain)
         words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
         return tl.interleave(words & 0xFFFF, words >> 16)
 
@@ -160,15 +165,13 @@ def _kernel() -> Any:
             values = tl.where(values != values, values, nearest)
         return values.to(stored)
 
-    @triton.jit(do_not_specialize=["keys", "directions", "parameters", "numbers", "scales"])
+    @triton.jit
     def _advance(
         weight,
         plus,
         minus,
         numel,
-        keys,
-        directions,
-        parameters,
+        words,
         numbers,
         scales,
         updates: tl.constexpr,
@@ -185,18 +188,18 @@ def _kernel() -> Any:
         stored: tl.constexpr = weight.dtype.element_ty
         w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         for i in tl.static_range(updates):
-            z = _noise(keys[i], directions[i], parameters[i], first, distribution, lanes, block)
+            z = _noise(words, i, first, distribution, lanes, block)
             change = z * numbers[3 * i]
             change = tl.where(numbers[3 * i + 2] == 0.0, change, change + w * numbers[3 * i + 2])
             w = w - change * numbers[3 * i + 1]
             if stochastic:
-                bits = _bits(keys[i], directions[i], parameters[i], first, domain, block)
+                bits = _bits(words, i, first, domain, block)
                 w = _stochastic(w, bits, stored == tl.float16)
             w = _narrow(w, stored).to(tl.float32)
         if updates > 0:
             tl.store(weight + at, w.to(stored), mask=inside)
         if copies > 0:
-            z = _noise(keys[updates], directions[updates], parameters[updates], first, distribution, lanes, block)
+            z = _noise(words, updates, first, distribution, lanes, block)
             tl.store(plus + at, _narrow(z * scales[0] + w, plus.dtype.element_ty), mask=inside)
             if copies > 1:
                 tl.store(minus + at, _narrow(z * scales[1] + w, minus.dtype.element_ty), mask=inside)
