@@ -28,6 +28,11 @@ VALIDATION_HOOKS = (
     "on_validation_epoch_end",
     "on_validation_end",
 )
+EVALUATION_HOOKS = tuple(
+    f"on_{stage}_{when}"
+    for stage in ("validation", "test", "predict")
+    for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end")
+)
 END_HOOKS = ("on_fit_end",)
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 STEP_HOOKS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "on_before_zero_grad")
@@ -84,6 +89,13 @@ def find_window(trainer: Trainer, module: LightningModule) -> Window:
         boundaries += _overridden(callback, Callback, (*VALIDATION_HOOKS, *END_HOOKS))
         gradients += _overridden(callback, Callback, (*GRADIENT_HOOKS, "on_before_zero_grad"))
     return Window(tuple(weights), tuple(epochs), tuple(boundaries), tuple(gradients))
+
+
+def writes_while_evaluating(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether a hook between the batches of an evaluation outside of fit may write weights."""
+    callbacks = [callback for callback in _callbacks(trainer) if not _is_known(callback)]
+    found = _overridden(module, LightningModule, (*EVALUATION_HOOKS, *TRANSFER_HOOKS))
+    return bool(found or [hook for callback in callbacks for hook in _overridden(callback, Callback, EVALUATION_HOOKS)])
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -18,6 +18,7 @@ from lightning_offload.methods.forwards import StreamedForwards
 from lightning_offload.methods.steplog import Entry, LogFile
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
+from lightning_offload.windows import writes_while_evaluating
 from lightning_offload.zeroth_attaching import (
     attach_zeroth,
     look_for_zeroth_readers,
@@ -41,6 +42,7 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
     _forwards: StreamedForwards | None = None
     _log: LogFile | None = None
     _resumed = False
+    _written_outside = False
 
     @override
     def _method(self) -> ZO2:
@@ -65,6 +67,7 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
         dtypes = self.precision_plugin.dtypes(method)
         machine, units = resolved(self.strategy_name, trainer, module, method, dtypes, self.root_device)
         self._forwards = StreamedForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)
+        self._written_outside = writes_while_evaluating(trainer, module)
 
     @override
     def _attach(self, trainer: Trainer) -> None:
@@ -172,6 +175,30 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
             engine.flush()
             self._adopt_due = True
         return result
+
+    # Evaluating: hooks before a batch may have written weights of which slots have copies.
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        return super().predict_step(*args, **kwargs)
+
+    def _look_again(self) -> None:
+        if self._forwards is not None:
+            if self._written_outside:
+                self._forwards.streaming.forget()
+        elif self.engine is not None and self._window.may_write:
+            self.engine.adopt()
 
     @override
     def teardown(self) -> None:
