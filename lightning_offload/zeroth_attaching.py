@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_offload.methods.engine import METHOD
 from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2
-from lightning_offload.parts import parts_of, weight_of
+from lightning_offload.parts import parts_of, samples, weight_of
 from lightning_offload.resuming import EXTRAS, chosen_before, warn_of_weights_alone
 from lightning_offload.windows import Window, find_window
 
@@ -101,6 +102,8 @@ def run_micro_batch(engine: ZerothEngine, module: nn.Module, run: Callable[[Any]
         batch: Cut into ``micro_batches`` parts.
     """
     settings = engine.method.settings
+    if settings.micro_batches > 1 and not samples(batch):
+        _warn_whole(type(batch).__name__, settings.micro_batches)
     parts = parts_of(batch, settings.micro_batches)
     with _mode(module, train=settings.train_mode):
         return engine.micro_batch(lambda part: _loss(run(part)), parts, [weight_of(part) for part in parts])
@@ -125,6 +128,15 @@ def unpack_zeroth(engine: ZerothEngine, states: list[dict[str, Any]]) -> None:
         engine.load_extras(extras)
         return
     warn_of_weights_alone(engine, extras)
+
+
+@cache
+def _warn_whole(kind: str, count: int) -> None:
+    """Once."""
+    rank_zero_warn(
+        f"`micro_batches={count}` has no effect: no tensor was found in a batch of type `{kind}`, so it is not cut. "
+        "Return tensors, or lists, tuples and dictionaries of tensors, or leave `micro_batches` out."
+    )
 
 
 def _check_module(module: LightningModule) -> None:

@@ -138,33 +138,34 @@ def test_parts_of_a_batch_are_the_same_as_the_batch_but_for_rounding() -> None:
         assert one.coefficient == pytest.approx(two.coefficient, abs=2e-3)
 
 
+def shifted(net: Net, ids: Tensor, labels: Tensor) -> Tensor:
+    """As causal models have it."""
+    return nn.functional.cross_entropy(net(ids)[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+
 class Tokens(ZLit):
     """Labels of unequal number."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        scores, labels = self.net(batch["input_ids"]), batch["labels"]
-        return nn.functional.cross_entropy(scores.view(-1, VOCAB), labels.view(-1))
+        return shifted(self.net, batch["input_ids"], batch["labels"])
 
     def train_dataloader(self) -> Any:
         ids = torch.randint(0, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5))
         labels = ids.clone()
-        labels[0, 1:] = labels[1, 1:] = -100
+        labels[0, 2:] = labels[1, 2:] = -100
         return DataLoader([{"input_ids": i, "labels": t} for i, t in zip(ids, labels, strict=True)], batch_size=2)
 
 
 def test_losses_of_a_window_count_by_their_tokens() -> None:
-    """Two micro-batches of 2 and 12 labels give the loss of the batch that they make together."""
+    """Two micro-batches of 2 and 10 labels give the loss of the batch that they make together."""
     module = Tokens()
     net, rows = copy.deepcopy(module.net), [row for batch in module.train_dataloader() for row in [batch]]
     run = zfit(module, nearest("32-true"), accumulate_grad_batches=2, max_epochs=1)
     ids, labels = (torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels"))
     assert run.global_step == 1
-    loss = nn.functional.cross_entropy(net(ids).view(-1, VOCAB), labels.view(-1)).item()
+    loss = shifted(net, ids, labels).item()
     assert run.strategy.engine.report.loss == pytest.approx(loss, abs=1e-3)
-    mean = (
-        sum(nn.functional.cross_entropy(net(r["input_ids"]).view(-1, VOCAB), r["labels"].view(-1)).item() for r in rows)
-        / 2
-    )
+    mean = sum(shifted(net, row["input_ids"], row["labels"]).item() for row in rows) / 2
     assert abs(mean - loss) > 1e-2
 
 
