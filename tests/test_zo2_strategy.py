@@ -195,6 +195,8 @@ def test_precisions_and_dtypes() -> None:
     ("settings", "message"),
     [
         ({"directions": 0}, "`directions`"),
+        ({"directions": 2**16}, "`directions` must be an integer <= 65535"),
+        ({"seed": 2**63}, "`seed` must be an integer >= 0 and < 2"),
         ({"eps": 0.0}, "`eps`"),
         ({"eps": -1e-3}, "`eps`"),
         ({"slots": 2}, "`slots`"),

@@ -72,6 +72,7 @@ class ZO2Settings(CommonSettings):
         require(finite and eps > 0, "eps", eps, "a number > 0")
         for name in ("directions", "micro_batches", "write_back_every", "prefetch"):
             require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
+        require(self.directions < 2**16, "directions", self.directions, "an integer <= 65535, as the log numbers them")
         require(
             _whole(self.slots, self.prefetch + 2),
             "slots",
@@ -83,7 +84,8 @@ class ZO2Settings(CommonSettings):
         kinds = ("popcount", "gaussian", "rademacher")
         require(self.distribution in kinds, "distribution", self.distribution, f"one of {', '.join(map(repr, kinds))}")
         require(isinstance(self.train_mode, bool), "train_mode", self.train_mode, "true or false")
-        require(self.seed is None or _whole(self.seed, 0), "seed", self.seed, "an integer >= 0, or None")
+        seed = self.seed is None or (_whole(self.seed, 0) and self.seed < 2**63)
+        require(seed, "seed", self.seed, "an integer >= 0 and < 2**63, or None")
         self._check_resident()
         if self.noise == "mezo" and self.directions > 1:
             raise ValueError(

@@ -16,6 +16,7 @@ from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.steplog import Entry, Header, LogFile, hash_weights, pack_entry, pack_header, read_log
 from lightning_offload.methods.zeroth import BASE, ENTRIES, SEEDS, SKIPS, STEPS, SUMS, ZerothEngine
+from lightning_offload.methods.zo2 import ZO2Settings
 from lightning_offload.numerics.noise import Draw
 from lightning_offload.numerics.zeroth import Update, update_
 from tests.helpers import Net
@@ -144,6 +145,13 @@ def test_numbers_come_back_to_the_last_bit(value: float) -> None:
     header, (read,), _ = read_log(written(rows=[row]), "log")
     assert (header, read) == (HEADER, row)
     assert math.copysign(1, read.coefficient) == math.copysign(1, value)
+
+
+def test_the_largest_settings_fit_into_an_entry() -> None:
+    settings = ZO2Settings(seed=2**63 - 1, directions=2**16 - 1)
+    assert settings.seed is not None
+    row = Entry(1, settings.directions - 1, settings.seed, 0.5, (1e-6, 1e-6), (0.0, 0.0))
+    assert read_log(written(rows=[row]), "log")[1] == [row]
 
 
 def test_an_entry_takes_few_bytes() -> None:
