@@ -118,6 +118,7 @@ class Lockstep:
         self._turns = Turns()
         self._randomness = Randomness()
         self._muting = Muting(module, lambda: self.stream)
+        self._module = module
         self._alone = self._walk = _Walk(1)
 
     @property
@@ -162,6 +163,23 @@ class Lockstep:
                 stack.callback(self._rest, walk)
                 stack.callback(self._muting.stop)
         return results
+
+    def rehearse(self, fn: Callable[[], T]) -> T:
+        """``run`` with one stream that leaves nothing: it logs nothing, metrics and random states are as before.
+
+        Raises:
+            OffloadError: A run is under way.
+            BaseException: What ``fn`` or the visitor raised.
+        """
+        muting, randomness = Muting(self._module, lambda: 1), Randomness()
+        with ExitStack() as stack:
+            randomness.start(2)
+            muting.start(2)
+            stack.callback(randomness.switch, 0)
+            stack.callback(muting.stop)
+            randomness.switch(1)  # as the second of two streams does
+            muting.switch(1)
+            return self.run(lambda _: fn(), 1)[0]
 
     def settle(self) -> None:
         """Leave whatever a forward outside ``run`` that was interrupted (``KeyboardInterrupt``) had not left."""

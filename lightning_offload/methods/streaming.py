@@ -24,6 +24,9 @@ from lightning_offload.memory.lanes import Event, Lanes, lane_context, nbytes
 
 DTypeOf = Callable[[nn.Parameter], torch.dtype]
 
+_MOST_HEARD = 4096
+"""Visits in which a unit that is waited for (it ran once, and never again) must come."""
+
 
 @dataclass(eq=False)
 class Leaf:
@@ -36,6 +39,7 @@ class Leaf:
         group: Index of its optimizer group; ``None`` where it is frozen.
         compute: dtype in which the forward sees it.
         rest: The truth about it, flat: in host memory, or on the device where the unit is resident.
+        own: dtype in which it came.
     """
 
     name: str
@@ -44,6 +48,17 @@ class Leaf:
     group: int | None
     compute: torch.dtype
     rest: Tensor
+    own: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Before it has moved."""
+        self.own = self.parameter.dtype
+
+    @property
+    def widens(self) -> bool:
+        """Whether it is kept in fewer bits than it came in, and forwards see it in."""
+        kept = self.rest.dtype
+        return self.compute == self.own != kept and torch.promote_types(kept, self.own) == self.own
 
     def show(self, data: Tensor) -> None:
         """Point the parameter at flat ``data``."""
@@ -146,7 +161,8 @@ class Streaming:
     """See the module docstring.
 
     Attributes:
-        order: Units in the order of the visits of a forward, as far as it is known; for what comes up next.
+        order: Units in the order of the visits of a forward, as far as it is known; for what comes up next. Where
+            nobody calls ``follow`` it is learned from the visits.
 
     Args:
         module: The model.
@@ -191,6 +207,7 @@ class Streaming:
         self._slots = self._make_slots(slots)
         self._scratch = Scratch(self._scratch_buffer(max(map(self._scratch_bytes, self.berths), default=0)))
         self._visited: dict[int, Berth] = {}
+        self._heard: list[int] = []  # visits since the first that ``order`` does not have
         self._at = -1  # in ``order``
         self._clock = 0
 
@@ -200,6 +217,7 @@ class Streaming:
         """The unit's weights are on the device for what compute does next; those that follow start to come up."""
         with lane_context(self._lanes.device):
             berth = self._visited[unit.index] = self._berths[unit.index]
+            self._hear(unit.index)
             self._find(unit.index)
             self._come_up(berth)
             self._refresh(berth)
@@ -261,6 +279,10 @@ class Streaming:
         """The unit that an operation of this priority was for."""
         return priority % len(self._berths)
 
+    def follow(self, order: Sequence[int]) -> None:
+        """This is the order of a forward."""
+        self.order, self._heard = tuple(order), []
+
     def rest(self) -> None:
         """Every parameter shows its weight at rest: what an exception has left behind is cleared up."""
         for berth in list(self._visited.values()):
@@ -285,11 +307,25 @@ class Streaming:
             berth.resident, berth.slot, berth.device_seen = True, None, berth.host_seen
             self._lay_out(berth, [rest.dtype for rest in berth.stored])
 
-    def close(self) -> None:
-        """Give device buffers back; weights at rest stay. Nothing is in flight."""
-        self.rest()
+    def give_back(self) -> None:
+        """Let go of the scratch buffers of units that are held: their next visit makes those that it needs."""
         for berth in self.berths:
-            berth.slot, berth.own = None, None if berth.own is None else {}
+            berth.own = None if berth.own is None else {}
+
+    def close(self) -> None:
+        """Give device buffers back; weights at rest stay. Nothing is in flight.
+
+        A weight that was kept in fewer bits than it came in, and forwards saw it in, is widened again where it is: a
+        later run asks the parameter for its dtype. One that was kept in more stays so, as nothing may be lost.
+        """
+        self.rest()
+        self.give_back()
+        for berth in self.berths:
+            berth.slot = None
+            for leaf in berth.leaves:
+                if leaf.widens and leaf.rest.numel():
+                    leaf.show(leaf.rest.to(leaf.compute))
+                    leaf.rest = leaf.rest.new_empty(0)
         self._slots, self._scratch = [], Scratch(torch.empty(0, dtype=torch.uint8))
 
     # What a method adds.
@@ -374,6 +410,16 @@ class Streaming:
             slot.holds.slot = None
         slot.used = self._clock
         return slot
+
+    def _hear(self, index: int) -> None:
+        """From a visit that is not in the known order to the next of the same unit is the new one."""
+        if self._heard:
+            if index == self._heard[0] or len(self._heard) == _MOST_HEARD:
+                self.follow(self._heard)
+            else:
+                self._heard.append(index)
+        elif index not in self.order:
+            self._heard.append(index)
 
     def _find(self, index: int) -> None:
         """Where in the known order this visit is."""

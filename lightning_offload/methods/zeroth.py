@@ -15,8 +15,7 @@ its forwards; ``flush`` makes every unit see all of them.
 from __future__ import annotations
 
 import math
-import random
-import sys
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +43,9 @@ from lightning_offload.numerics.zeroth import DTYPES as PERTURBED
 
 STEPS, ENTRIES, SUMS, SKIPS, SEEDS, BASE = "steps", "entries", "sums", "skips", "seeds", "base"
 """Keys of what a checkpoint keeps of a run."""
+
+MOST_KEPT = 64
+"""Steps by which a unit that does not run may fall behind; then it is brought up for its updates alone."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class ZerothReport:
         skipped: Whether it changed nothing because a loss was not finite.
         skipped_in_a_row: How many steps up to this one did.
         skipped_total: Skipped steps since the start.
+        reordered_total: Steps in which forwards visited units in another order than before, which costs time.
     """
 
     step: int = 0
@@ -82,6 +85,7 @@ class ZerothReport:
     skipped: bool = False
     skipped_in_a_row: int = 0
     skipped_total: int = 0
+    reordered_total: int = 0
 
     @property
     def loss(self) -> float:
@@ -120,14 +124,15 @@ class Perturbed(Streaming):
     def push(self, entries: list[Entry]) -> None:
         """One step's updates, for every unit to apply when it comes by."""
         self.updates.append(entries)
+        self.catch_up(behind=max(MOST_KEPT, self.write_back_every))
         seen = min((berth.host_seen for berth in self.berths if berth.trained), default=self.head)
         del self.updates[: seen - self.gone]
         self.gone = seen
 
-    def catch_up(self) -> None:
-        """Every unit sees all updates, at home too."""
+    def catch_up(self, behind: int = 0) -> None:
+        """Every unit that is more than ``behind`` updates behind sees all of them, at home too."""
         for berth in self.berths:
-            if berth.trained and berth.host_seen < self.head:
+            if berth.trained and berth.host_seen < self.head - behind:
                 self._come_up(berth)
                 self._apply(berth)
                 self._write_back(berth)
@@ -195,7 +200,8 @@ class ZerothEngine:
         lanes: Where it runs.
         dtypes: Which dtype lives where.
         machine: Checked for host memory before anything is allocated; ``None`` skips the check.
-        uses: What a dry run has found out about the forward; else the first batch is run once more to find it out.
+        uses: What a dry run has found out about the forward; else the first ``micro_batch`` runs one forward more,
+            to find it out.
         units: The module's, where it has been split already.
 
     Raises:
@@ -223,6 +229,7 @@ class ZerothEngine:
         self.closed = False
         self._steps = 0
         self._seed: int | None = None  # of the step that has begun
+        self._reordered = False  # the step that has begun
         self._sums: list[tuple[int, list[float]]] = []  # weight and losses of each part so far, by kind
         self._undo: list[Callable[[], Any]] = []
         self._base: str | None = None
@@ -258,6 +265,9 @@ class ZerothEngine:
     def micro_batch(self, run: Callable[[Any], Tensor], parts: Sequence[Any], weights: Sequence[int] = ()) -> Tensor:
         """The forwards of one micro-batch.
 
+        Before the first one, the first part is run once more where nobody has told how the forward uses the weights:
+        with the weights as they are, without logging, and with metrics and random states put back.
+
         Args:
             run: The loss of one part, a scalar; called ``2 * directions`` times for each.
             parts: Of the batch; they share one visit of the weights.
@@ -278,7 +288,9 @@ class ZerothEngine:
             for sign in (1, -1)
             for part in range(len(parts))
         ]
-        losses = self._losses(run, parts, streams) if self._learned else self._first_losses(run, parts, streams)
+        if not self._learned:
+            self.rehearse(run, parts[0])
+        losses = self._losses(run, parts, streams)
         for part, count in enumerate(counts):
             mine = [loss for stream, loss in zip(streams, losses, strict=True) if stream.part == part]
             self._sums.append((count, [self.lanes.read(loss, 0.0) for loss in mine]))
@@ -286,6 +298,23 @@ class ZerothEngine:
         if len(parts) == 1:
             return losses[0]
         return torch.stack([loss * count for loss, count in zip(losses, counts, strict=False)]).sum() / sum(counts)
+
+    def rehearse(self, run: Callable[[Any], Tensor], part: Any) -> None:
+        """Find out from one forward, which leaves nothing, in what order weights are used, and what no visit announces.
+
+        Raises:
+            OffloadError: A weight that is streamed is used outside any call.
+        """
+        recorder = Recorder(self.units)
+        try:
+            with recorder.watching():
+                self.lockstep.rehearse(lambda: _checked(run(part)))
+        except RuntimeError:
+            self._require_calls(recorder.uses(self.module))  # may say what is wrong
+            raise
+        self.streaming.follow(self.lockstep.visits)
+        self.streaming.give_back()  # those of forwards that see weights as they are
+        self._learn(recorder.uses(self.module))
 
     def step(self, clip: Clip | None = None) -> None:
         """Make an update of the losses since the last step; weights take it when they are next on the device.
@@ -316,14 +345,17 @@ class ZerothEngine:
             loss_minus=math.fsum(minus) / len(minus),
             coefficient=sum(slopes) / len(slopes),
             skipped=self.method.settings.skip_nonfinite and not finite,
+            reordered_total=self.report.reordered_total + self._reordered,
         )
+        self._reordered = False
         if self.report.skipped:
             self._skip()
             return
         self.report = replace(self.report, skipped_in_a_row=0)
         entries = self._entries(seed, slopes)
         self.log += entries
-        self.streaming.push(entries)
+        with torch.no_grad():
+            self.streaming.push(entries)
 
     def flush(self) -> None:
         """Every weight at rest has seen every update, and nothing is in flight. Idempotent."""
@@ -440,8 +472,8 @@ class ZerothEngine:
         if self._base is None:
             if self.log:
                 raise OffloadError(
-                    "The weights that this run began with were not hashed then, so its log has nothing to refer to; "
-                    "ask for the log before the first step (`ZO2OffloadStrategy(log_file=...)`)"
+                    "The weights that this run began with were not hashed then (it had no `log_file`), so its log has "
+                    "nothing to refer to: leave `log_file` out, or continue a run that had one from its first step"
                 )
             self._base = hash_weights(self.module.parameters())
         settings = self.method.settings
@@ -491,28 +523,27 @@ class ZerothEngine:
         assert self._seed is not None
         shown = self.streaming
         shown.streams, shown.step, shown.seed = streams, self._steps + 1, self._seed
+        before = self.lockstep.visits
         try:
             losses = self.lockstep.run(lambda k: _checked(run(parts[streams[k].part])), len(streams))
         finally:
             shown.streams = ()
-        shown.order = self.lockstep.visits
+        self._compare(before, self.lockstep.visits)
+        shown.follow(self.lockstep.visits)
         return losses
 
-    def _first_losses(
-        self, run: Callable[[Any], Tensor], parts: Sequence[Any], streams: Sequence[Stream]
-    ) -> list[Tensor]:
-        """The same, and what no visit announces is found out; if there is such a thing, once more with it in place."""
-        recorder, put_back = Recorder(self.units), _random_states()
-        try:
-            with recorder.watching():
-                losses = self._losses(run, parts, streams)
-        except RuntimeError:
-            self._learn(recorder.uses(self.module))  # may say what is wrong
-            raise
-        if self._learn(recorder.uses(self.module)):
-            put_back()
-            losses = self._losses(run, parts, streams)
-        return losses
+    def _compare(self, before: Sequence[int], visits: Sequence[int]) -> None:
+        """Count a step in which the order changed, and say so once."""
+        if not before or before == visits:
+            return
+        if not self._reordered and not self.report.reordered_total:
+            warnings.warn(
+                f"method `{self.method.name}`: forwards of step {self._steps + 1} visit units in another order than "
+                "before (layer drop, a choice by the batch?). The result is the same, but weights that came up ahead "
+                "of time were the wrong ones, and the link idles. `report.reordered_total` counts such steps.",
+                stacklevel=2,
+            )
+        self._reordered = True
 
     # Stepping.
 
@@ -563,9 +594,7 @@ class ZerothEngine:
                 )
         return MezoNoise(leaves, settings.eps, self.lanes.device)
 
-    def _learn(self, uses: Uses) -> bool:
-        """Hold what forwards use outside any call; whether there is any."""
-        index = {unit.name: unit.index for unit in self.units}
+    def _require_calls(self, uses: Uses) -> None:
         owner = {name: unit for unit in self.units for name in unit.parameters}
         for name in uses.functional:
             if not self.streaming.is_resident(owner[name].index):
@@ -573,15 +602,17 @@ class ZerothEngine:
                     f"`{name}` is used outside its module's call, where nothing tells that it is needed, so "
                     f"`{owner[name].name}` cannot be streamed: pass resident=[{owner[name].name!r}]"
                 )
-        early = {index[name] for name in uses.early - uses.skipped}
-        outside = early | {owner[name].index for name in uses.functional}
+
+    def _learn(self, uses: Uses) -> None:
+        """Hold what forwards use outside any call."""
+        self._require_calls(uses)
         self._learned = True
-        if not outside:
-            return False
+        outside = {unit.index for unit in self.units if unit.name in uses.early - uses.skipped}
+        outside |= {unit.index for unit in self.units if not unit.parameters.keys().isdisjoint(uses.functional)}
         for place in outside:
             self.streaming.hold(place)
-        self._hang_lockstep(outside)
-        return True
+        if outside:
+            self._hang_lockstep(outside)
 
     def _hang_lockstep(self, always: Collection[int]) -> None:
         """In the place of the one before."""
@@ -668,21 +699,3 @@ def _checked(loss: Tensor) -> Tensor:
             + (f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "")
         )
     return loss.detach().reshape(()).float()
-
-
-def _random_states() -> Callable[[], None]:
-    """Sets torch's, Python's and NumPy's generators back to what they are now."""
-    put_back: list[Callable[[], Any]] = [
-        partial(torch.set_rng_state, torch.get_rng_state()),
-        partial(random.setstate, random.getstate()),
-    ]
-    if torch.cuda.is_initialized():
-        put_back.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    if (numpy := sys.modules.get("numpy")) is not None:
-        put_back.append(partial(numpy.random.set_state, numpy.random.get_state()))
-
-    def restore() -> None:
-        for put in put_back:
-            put()
-
-    return restore

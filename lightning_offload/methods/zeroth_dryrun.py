@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -41,7 +40,6 @@ class Tape:
 
     Attributes:
         recording: Whether work is written down; not while the visitor works.
-        streams: Forwards in it.
         seconds: Of the module.
 
     Args:
@@ -50,7 +48,7 @@ class Tape:
     """
 
     def __init__(self, visitor: Visitor, met: Callable[[Unit], None]) -> None:
-        self.recording, self.streams = False, 1
+        self.recording = False
         self._visitor, self._met = visitor, met
         self._cues: list[tuple[float, Callable[[], None]]] = []
         self._since_s = 0.0
@@ -60,9 +58,8 @@ class Tape:
         """See the attributes."""
         return self._since_s + sum(seconds for seconds, _ in self._cues)
 
-    def start(self, streams: int) -> None:
+    def start(self) -> None:
         """A micro-batch begins."""
-        self.streams = streams
         self.recording, self._cues, self._since_s = True, [], 0.0
 
     def add(self, seconds: float) -> None:
@@ -111,7 +108,7 @@ class _TapedLockstep(Lockstep):
         if self.replays:
             self.tape.play(self._engine.advance)
             return cast("list[T]", [torch.zeros(())] * streams)
-        self.tape.start(streams)
+        self.tape.start()
         try:
             return super().run(fn, streams)
         finally:
@@ -148,11 +145,9 @@ class TwinEngine(ZerothEngine):
     def _make_lockstep(self, always: Collection[int]) -> Lockstep:
         return _TapedLockstep(self, always)
 
-    def _learn(self, uses: Uses) -> bool:
-        streams = self.lockstep.tape.streams
-        repeats = {name: calls // streams for name, calls in uses.repeats.items() if calls > streams}
-        self.found = replace(uses, repeats=repeats)
-        return super()._learn(uses)
+    def _learn(self, uses: Uses) -> None:
+        self.found = uses
+        super()._learn(uses)
 
 
 class ZerothDriver:
@@ -245,9 +240,12 @@ class ZerothDryRun:
         """Run the module: memory, FLOPs and the tape are known afterwards."""
         with self._active(), ExitStack() as stack:
             stack.callback(self._engine.unhook)
+            reads = dict(self.meter.reads)
+            self._forwards(lambda: self._engine.rehearse(self._loss, self._parts[0]))
+            self.meter.reads = reads
             for _ in range(2 if self.lanes.shares_memory else 1):  # in the first no update takes memory
                 before = self.meter.flops
-                self._micro_batch()
+                self._forwards(lambda: self._engine.micro_batch(self._loss, self._parts))
                 self.flops = (self.meter.flops - before) * self._micro_batches
                 self._close_step()
 
@@ -285,10 +283,10 @@ class ZerothDryRun:
         self._seen_block |= unit.is_block
         self.meter.kind = "activations" if unit.is_block or not self._seen_block else "logits"
 
-    def _micro_batch(self) -> None:
+    def _forwards(self, run: Callable[[], Any]) -> None:
         self.meter.kind, self._seen_block = "activations", False
         with explaining(type(self._twin.module).__name__, OWN_STEP):
-            self._engine.micro_batch(self._loss, self._parts)
+            run()
 
     def _loss(self, part: Any) -> Tensor:
         with self._context():

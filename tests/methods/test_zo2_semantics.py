@@ -181,7 +181,7 @@ def test_the_step_after_a_dropped_one_draws_anew() -> None:
         for _ in range(3):
             engine.micro_batch(loss, [tokens])
             engine.step()
-        assert len(set(losses)) == 6
+        assert len(set(losses[1:])) == 6  # the first was the rehearsal
         engine.detach()
 
 
