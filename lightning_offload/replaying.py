@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_offload.errors import CheckpointError
 from lightning_offload.methods.base import Rounding
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
-from lightning_offload.methods.steplog import Entry, Header, hash_weights, read_log
+from lightning_offload.methods.steplog import Entry, Header, hash_weights, load_log
 from lightning_offload.methods.streaming import Leaf
 from lightning_offload.numerics.noise import Distribution
 
@@ -70,11 +70,7 @@ def replay(base: Module, log: Any) -> Module:
 
 def _read(log: Any) -> tuple[Header, Sequence[Entry]]:
     if isinstance(log, str | os.PathLike):
-        path = Path(log)
-        if not path.is_file():
-            raise CheckpointError(f"no log at {os.fspath(log)!r}")
-        header, entries, _ = read_log(path.read_bytes(), os.fspath(log))
-        return header, entries
+        return load_log(Path(log))
     if isinstance(log, tuple):
         return log
     engine = getattr(log, "engine", None)

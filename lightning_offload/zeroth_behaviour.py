@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.memory.budget import GIB
 from lightning_offload.methods.forwards import StreamedForwards
-from lightning_offload.methods.steplog import Entry, LogFile
+from lightning_offload.methods.steplog import Entry, LogFile, check_log_file
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
 from lightning_offload.windows import writes_while_evaluating
@@ -27,6 +28,8 @@ from lightning_offload.zeroth_attaching import (
     run_micro_batch,
     unpack_zeroth,
 )
+
+HASHED_SILENTLY_BYTES = 8 * GIB
 
 
 class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
@@ -122,12 +125,23 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
             return
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
-        self._close_log()  # a tuner's trial had it
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
         if self.log_file is not None and not trainer.fast_dev_run:  # which leaves nothing behind
-            self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._log = LogFile(self.log_file, self.engine.header(), self.engine.log)
+            self._open_log(self.log_file, self.engine)
+
+    def _open_log(self, path: Path, engine: ZerothEngine) -> None:
+        begins = self._log is None and not engine.report.step
+        check_log_file(path, resumed=not begins)
+        size = sum(p.numel() * p.element_size() for p in engine.module.parameters())
+        if begins and size > HASHED_SILENTLY_BYTES:
+            rank_zero_info(
+                f"{self.strategy_name}: hashes {size / GIB:.1f} GiB of weights, once, for `log_file` to say what it "
+                "begins with. `log_file=None` (`trainer.strategy.log_file=null` on the command line) leaves both out."
+            )
+        self._close_log()  # a tuner's trial had it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = LogFile(path, engine.header(), engine.log)
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ TREE = {
     "lightning_offload/numerics/rounding.py": "stochastic rounding to bf16 and fp16",
     "lightning_offload/numerics/norms.py": "norms, the clip coefficient, masters that follow their weights",
     "lightning_offload/memory/blocks.py": "splits any model into units: repeated blocks, and the rest; ties",
+    "lightning_offload/memory/hashing.py": "hashes of weights, on all cores",
     "lightning_offload/memory/arena.py": "host memory of exact size, page-locked in place, its true cost reported",
     "lightning_offload/memory/slots.py": "device buffers that are used in turn",
     "lightning_offload/memory/lanes.py": "what runs after what: the protocol, and `InlineLanes`",

@@ -212,6 +212,9 @@ def test_a_log_is_exported_as_the_checkpoint_is(precision: str, run, refused, gi
     assert not all(torch.equal(one, two) for one, two in zip(models[0].parameters(), start.parameters(), strict=True))
     assert "belongs to other weights" in refused("export", "log=elsewhere.log", "base=c", "output=d")
     assert "in no run's folder" in refused("export", "log=elsewhere.log", "output=d")
+    assert "is a folder" in refused("export", "log=runs/mine", "base=nowhere")  # before it looks for the base
+    Path("bad.log").write_text("my notes")
+    assert "bad.log is no log of a zo2 run" in refused("export", "log=bad.log", "base=nowhere")
     assert "without log=<file>" in refused("export", "ckpt_path=runs/mine", "base=c", "output=d")
 
 

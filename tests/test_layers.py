@@ -52,7 +52,7 @@ RULES = {
         "torch lightning typing_extensions",
     ),
     "zeroth_attaching": May("errors memory methods windows resuming parts attaching", "torch lightning"),
-    "zeroth_behaviour": May("methods windows behaviour zeroth_attaching", "torch lightning typing_extensions"),
+    "zeroth_behaviour": May("memory methods windows behaviour zeroth_attaching", "torch lightning typing_extensions"),
     "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
     "strategies": May("behaviour gradient_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_offload import replay, resuming
-from lightning_offload.errors import CheckpointError
+from lightning_offload import replay, resuming, zeroth_behaviour
+from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.methods.steplog import hash_weights, pack_header, read_log
 from lightning_offload.numerics.noise import Draw, noise
 from tests.helpers import pairwise, row_id
@@ -133,23 +134,92 @@ def test_the_log_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     assert header.base == hash_weights(sgd().parameters())
 
 
-@pytest.mark.parametrize("kind", ["other base", "other eps", "other steps"])
-def test_the_log_of_another_run_is_refused(tmp_path: Path, kind: str) -> None:
+def test_the_log_of_another_run_is_refused(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     fit(sgd(), zo2(log_file=log), steps=3)
-    before, module, settings = log.read_bytes(), sgd(), {}
-    if kind == "other base":
-        module.head.weight.data += 1
-    elif kind == "other eps":
-        settings = {"eps": 1e-2}
-    else:
-        fit(sgd(), zo2(seed=9, log_file=tmp_path / "b.log"), steps=3, callbacks=[every_step(tmp_path)])
-        with pytest.raises(CheckpointError, match="log of another run"):
-            fit(sgd(), zo2(seed=9, log_file=log), steps=6, ckpt_path=tmp_path / "step=3.ckpt")
-    if kind != "other steps":
-        with pytest.raises(CheckpointError, match="log of another run"):
-            fit(module, zo2(log_file=log, **settings), steps=3)
+    before = log.read_bytes()
+    fit(sgd(), zo2(seed=9, log_file=tmp_path / "b.log"), steps=3, callbacks=[every_step(tmp_path)])
+    with pytest.raises(CheckpointError, match="log of another run"):
+        fit(sgd(), zo2(seed=9, log_file=log), steps=6, ckpt_path=tmp_path / "step=3.ckpt")
     assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", [4, 9])
+def test_a_run_that_begins_writes_over_no_log(tmp_path: Path, seed: int) -> None:
+    log = tmp_path / "a.log"
+    fit(sgd(), zo2(log_file=log), steps=3).save_checkpoint(tmp_path / "a.ckpt")
+    before = log.read_bytes()
+    message = (
+        r"`log_file='.*a\.log'` is there already, the log of a run up to step 3, .* another path, remove it, or .*ckpt"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        fit(sgd(), zo2(seed=seed, log_file=log), steps=6)
+    assert log.read_bytes() == before
+    fit(sgd(), zo2(log_file=log), steps=6, ckpt_path=tmp_path / "a.ckpt")  # the ways out
+    assert len(read_log(log.read_bytes(), "log")[1]) > len(read_log(before, "log")[1])
+    log.unlink()
+    fit(sgd(), zo2(seed=seed, log_file=log), steps=6)
+
+
+def test_a_run_that_begins_writes_over_no_other_file(tmp_path: Path) -> None:
+    for held in (b"my notes", hashed(tmp_path)[:-1]):
+        (tmp_path / "a.log").write_bytes(held)
+        with pytest.raises(CheckpointError, match=r"no log of a zo2 run|damaged header"):
+            fit(sgd(), zo2(log_file=tmp_path / "a.log"), steps=3)
+        assert (tmp_path / "a.log").read_bytes() == held
+    for held in (b"", hashed(tmp_path)):  # nothing is lost: the run stopped before its first step
+        (tmp_path / "a.log").write_bytes(held)
+        done = fit(sgd(), zo2(log_file=tmp_path / "a.log"), steps=3)
+        assert read_log((tmp_path / "a.log").read_bytes(), "log")[1] == done.strategy.log
+
+
+def hashed(tmp_path: Path) -> bytes:
+    """A log without updates."""
+    (tmp_path / "b.log").unlink(missing_ok=True)
+    run = fit(sgd(), zo2(log_file=tmp_path / "b.log"), steps=3)
+    return pack_header(run.strategy.engine.header())
+
+
+def test_a_run_resumed_before_its_first_update_writes_over_no_log(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    fit(sgd(), zo2(), steps=0).save_checkpoint(tmp_path / "a.ckpt")
+    fit(sgd(), zo2(log_file=log), steps=3)
+    before = log.read_bytes()
+    with pytest.raises(CheckpointError, match="is there already"):
+        fit(sgd(), zo2(log_file=log), steps=3, ckpt_path=tmp_path / "a.ckpt")
+    assert log.read_bytes() == before
+
+
+def test_a_folder_is_no_log(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"`log_file='.*'` is a folder: name a file in it"):
+        fit(sgd(), zo2(log_file=tmp_path), steps=3)
+    fit(sgd(), zo2(log_file=tmp_path / "a.log"), steps=3).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        fit(sgd(), zo2(log_file=tmp_path), steps=6, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="is a folder: name the log in it"):
+        replay(sgd(), tmp_path)
+
+
+def test_a_log_that_the_run_never_had_is_not_begun_later(tmp_path: Path) -> None:
+    fit(sgd(), zo2(), steps=3).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(
+        OffloadError, match=r"it had no `log_file`.*leave `log_file` out, or continue a run"
+    ):
+        fit(sgd(), zo2(log_file=tmp_path / "a.log"), steps=6, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_long_hash_is_announced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(zeroth_behaviour, "rank_zero_info", said.append)
+    fit(sgd(), zo2(log_file=tmp_path / "small.log"), steps=3)
+    assert said == []
+    monkeypatch.setattr(zeroth_behaviour, "HASHED_SILENTLY_BYTES", 2**10)
+    fit(sgd(), zo2(), steps=3)
+    assert said == []
+    fit(sgd(), zo2(log_file=tmp_path / "a.log"), steps=3).save_checkpoint(tmp_path / "a.ckpt")
+    fit(sgd(), zo2(log_file=tmp_path / "a.log"), steps=6, ckpt_path=tmp_path / "a.ckpt")
+    (line,) = said
+    assert re.search(r"zo2_offload: hashes 0\.0 GiB of weights, once, .*`log_file=None`", line)
 
 
 def test_a_log_that_nobody_asked_for_at_the_start_has_no_base(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lightning_offload.cli.training import held_out
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import export_to_hf, load_weights
+from lightning_offload.methods.steplog import load_log
 from lightning_offload.replaying import replay
 from lightning_offload.text import CausalLM
 
@@ -78,12 +79,13 @@ def _loaded(cfg: DictConfig) -> tuple[Any, Path, Path]:
 def _replayed(cfg: DictConfig) -> tuple[Any, Path, Path]:
     """The model of a log, the log, and the folder that it is in; ``base``, or what the run's configuration builds."""
     log = Path(cfg.log)
+    entries = load_log(log)  # before the model, which may take minutes
     if cfg.base:
-        return replay(CausalLM(path=cfg.base), log), log, log.parent
+        return replay(CausalLM(path=cfg.base), entries), log, log.parent
     folder = runs.folder_of(log)
     stored = OmegaConf.load(folder / runs.CONFIG)
     L.seed_everything(stored.seed, verbose=False)  # where the run began with random weights
-    return replay(build(stored, "model"), log), log, folder
+    return replay(build(stored, "model"), entries), log, folder
 
 
 def _fill_in(cfg: DictConfig, run: Path | None) -> None:

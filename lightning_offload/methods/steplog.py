@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.errors import CheckpointError
+from lightning_offload.memory.hashing import digest
 
 MAGIC = b"ZO2LOG1\n"
 _SIZE = struct.Struct("<I")
@@ -82,7 +83,7 @@ def hash_weights(tensors: Iterable[Tensor]) -> str:
         total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            total.update(flat.view(torch.uint8).numpy().data)
+            total.update(digest(flat.view(torch.uint8)))
     return total.hexdigest()
 
 
@@ -128,6 +129,43 @@ def read_log(data: bytes, source: str) -> tuple[Header, list[Entry], int]:
     return header, entries[: len(entries) // header.directions * header.directions], whole
 
 
+def load_log(path: Path) -> tuple[Header, list[Entry]]:
+    """Header and entries of whole steps.
+
+    Raises:
+        CheckpointError: There is none at ``path``, or it is damaged.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder: name the log in it")
+    if not path.is_file():
+        raise CheckpointError(f"no log at {str(path)!r}")
+    header, entries, _ = read_log(path.read_bytes(), str(path))
+    return header, entries
+
+
+def check_log_file(path: Path, *, resumed: bool) -> None:
+    """A run that begins has nothing to go on from: what is at ``path`` already is not written over.
+
+    Raises:
+        CheckpointError: It is a folder; or, for a run that is not ``resumed``, another file or a log with updates.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"`log_file={str(path)!r}` is a folder: name a file in it")
+    held = b"" if resumed or not path.exists() else path.read_bytes()
+    if not held:
+        return
+    what = "which is no log of a zo2 run"
+    if held.startswith(MAGIC):
+        _, entries, _ = read_log(held, str(path))
+        if not entries:
+            return
+        what = f"the log of a run up to step {entries[-1].step}, which is all that there is of it beside its base"
+    raise CheckpointError(
+        f"`log_file={str(path)!r}` is there already, {what}. Pass another path, remove it, or continue that run from a "
+        "checkpoint (`trainer.fit(..., ckpt_path=...)`)."
+    )
+
+
 def _read_header(data: bytes, source: str) -> tuple[Header, int]:
     if not data.startswith(MAGIC):
         raise CheckpointError(f"{source} is no log of a zo2 run: it does not begin with {MAGIC!r}.")
@@ -156,7 +194,7 @@ class LogFile:
     Args:
         path: Where; its folder must exist.
         header: Of the run.
-        entries: Of the steps so far; what the file has beyond them is cut off.
+        entries: Of the steps so far; what the file has beyond them is cut off (see ``check_log_file``).
 
     Raises:
         CheckpointError: The file is the log of another run.
