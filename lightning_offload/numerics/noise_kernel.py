@@ -130,8 +130,8 @@ def _kernel() -> Any:
             z2, z3 = _normals(c, d)
             z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
         else:
-            words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-            bit = (words[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
+            signs = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+            bit = (signs[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
             z = tl.reshape(bit, (block,)).to(tl.float32) * 2.0 - 1.0
         return z
 
@@ -139,8 +139,8 @@ def _kernel() -> Any:
     def _bits(words, i: tl.constexpr, first, domain: tl.constexpr, block: tl.constexpr):
         call = first // 8 + tl.arange(0, block // 8)
         a, b, c, d = _philox(words, i, call, domain)
-        words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-        return tl.interleave(words & 0xFFFF, words >> 16)
+        pairs = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+        return tl.interleave(pairs & 0xFFFF, pairs >> 16)
 
     @triton.jit
     def _stochastic(values, bits, half: tl.constexpr):
