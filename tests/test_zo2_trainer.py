@@ -71,6 +71,27 @@ def test_a_fit_is_mezo(row: dict[str, Any]) -> None:
     assert module.net.head.weight.dtype == DTYPES[precision]
 
 
+def test_a_wire_of_16_bits_under_autocast_is_half_the_bytes_and_nearly_the_same_losses() -> None:
+    """The paper's AMP mode.
+
+    Autocast rounds every weight and activation to 8 significant bits, by up to 2**-8 of itself; a wire of 11 bits moves
+    weights by an eighth of that at first, and by up to 2**-10 in an update. So a loss is no further from that of an
+    fp32 wire than autocast's rounding of one number of its size. Losses of batches are far further apart.
+    """
+    full, half = ZLit(), ZLit()
+    moved = []
+    for module, wire in ((full, {}), (half, {"wire": "float16"})):
+        run = zfit(module, zo2(precision_plugin=OffloadPrecision("bf16-mixed", **wire)))
+        ledger = run.strategy.engine.lanes.ledger
+        moved.append((ledger.moved("h2d", "weights"), ledger.moved("d2h", "weights back")))
+        assert len(run.strategy.log) == 18
+    assert moved[0] == (2 * moved[1][0], 2 * moved[1][1])
+    assert min(moved[1]) > 0
+    assert full.losses != half.losses
+    assert half.losses == pytest.approx(full.losses, rel=2**-8)
+    assert max(full.losses) > (1 + 16 * 2**-8) * min(full.losses)
+
+
 # Orders and boundaries
 
 
