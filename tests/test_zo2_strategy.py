@@ -61,7 +61,7 @@ def test_families_train_evaluate_save_and_resume(name: str, tmp_path: Path) -> N
     assert streamed == trainer(limit_val_batches=1).validate(whole, verbose=False)[0]
     zfit(first, zo2(), max_epochs=1, limit_val_batches=1).save_checkpoint(tmp_path / "a.ckpt")
     zfit(rest, zo2(seed=None), max_epochs=2, limit_val_batches=1, ckpt_path=tmp_path / "a.ckpt")
-    assert first.losses + rest.losses == whole.losses
+    assert first.losses + rest.losses[1:] == whole.losses  # but for the rehearsal
     for key, value in whole.state_dict().items():
         assert torch.equal(value, rest.state_dict()[key]), key
 

@@ -154,7 +154,7 @@ def test_parts_of_a_batch_are_the_same_as_the_batch_but_for_rounding() -> None:
     whole, parted = ZLit(), ZLit()
     run = zfit(whole, zo2()).strategy.log
     other = zfit(parted, zo2(micro_batches=2)).strategy.log
-    assert len(parted.losses) == 2 * len(whole.losses)
+    assert len(parted.losses) - 1 == 2 * (len(whole.losses) - 1)  # but for the rehearsal
     for one, two in zip(run, other, strict=True):
         assert one.coefficient == pytest.approx(two.coefficient, abs=2e-3)
 
@@ -210,11 +210,12 @@ class Metered(ZLit):
 def test_logs_and_metrics_are_those_of_the_first_forward() -> None:
     module = Metered()
     run = zfit(module, zo2(directions=2), max_epochs=1)
-    assert len(module.losses) == 4 * 9
+    losses = module.losses[1:]  # but for the rehearsal
+    assert len(losses) == 4 * 9
     assert run.callback_metrics["count"] == 18
-    assert run.callback_metrics["mean"] == pytest.approx(sum(module.losses[::4]) / 9, rel=1e-6)
-    assert run.callback_metrics["train/loss"] == pytest.approx(module.losses[-4])
-    assert run.strategy.engine.report.loss_plus == pytest.approx((module.losses[-4] + module.losses[-2]) / 2)
+    assert run.callback_metrics["mean"] == pytest.approx(sum(losses[::4]) / 9, rel=1e-6)
+    assert run.callback_metrics["train/loss"] == pytest.approx(losses[-4])
+    assert run.strategy.engine.report.loss_plus == pytest.approx((losses[-4] + losses[-2]) / 2)
 
 
 class Modes(ZLit):
@@ -229,7 +230,7 @@ def test_dropout_is_off_unless_asked_for(train_mode: bool) -> None:
     module.trains = train_mode
     zfit(module, zo2(train_mode=train_mode, eps=1e-9), max_epochs=1)
     assert module.net.training
-    assert module.losses[::2] == pytest.approx(module.losses[1::2], abs=1e-5)  # one mask in both forwards
+    assert module.losses[1::2] == pytest.approx(module.losses[2::2], abs=1e-5)  # one mask in both forwards
     other = Modes(dropout=0.0)
     other.trains = train_mode
     zfit(other, zo2(train_mode=train_mode, eps=1e-9), max_epochs=1)
@@ -387,7 +388,7 @@ class Breaks(ZLit):
         return loss
 
 
-@pytest.mark.parametrize("at", [7, 8], ids=["first forward", "second forward"])
+@pytest.mark.parametrize("at", [8, 9], ids=["first forward", "second forward"])
 @pytest.mark.parametrize("make", [zo2, shuffled_zo2])
 def test_after_an_exception_the_module_is_whole_and_fits_again(make: Any, at: int) -> None:
     broken, whole = Breaks(), ZLit()
