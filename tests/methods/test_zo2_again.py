@@ -92,7 +92,7 @@ def test_fit_validate_fit_and_save_with_a_narrow_wire(tmp_path: Path, precision:
         return zo2(precision_plugin=plugin, log_file=None if log is None else tmp_path / log)
 
     module = ZLit()
-    run = zfit(module, strategy("a.log"), max_steps=3, limit_val_batches=1.0)
+    run = zfit(module, strategy("a.log"), max_epochs=1, limit_val_batches=1.0)
     assert dtypes_of(module) == {torch.float32}
     run.save_checkpoint(tmp_path / "a.ckpt")
     rounded = {name: value.half().float() for name, value in module.net.state_dict().items()}
@@ -106,9 +106,9 @@ def test_fit_validate_fit_and_save_with_a_narrow_wire(tmp_path: Path, precision:
     zfit(module, strategy(), max_steps=2)
     assert dtypes_of(module) == {torch.float32}
     other = ZLit()
-    zfit(other, strategy(), max_steps=5, ckpt_path=tmp_path / "a.ckpt")
+    zfit(other, strategy(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     straight = ZLit()
-    zfit(straight, strategy(), max_steps=5)
+    zfit(straight, strategy(), max_epochs=2)
     assert same_weights(other.net, straight.net)
 
 
