@@ -372,7 +372,7 @@ def test_the_bound_of_full_is_that_of_a_plan_but_for_what_it_does_not_count(slow
     [
         (
             {"sections": ["hots"]},
-            r"no section 'hots'; there are rates, host, overhead, simulated, published, training, .*, zeroth",
+            r"no section 'hots'; there are rates, host, overhead, simulated, noise, published, .*, zeroth",
         ),
         ({"models": ["opt_3b"]}, r"no model 'opt_3b'; there are gpt2, .*opt_175b.*qwen3_8b"),
         ({"rounds": 0}, r"rounds=0: give at least 1"),

@@ -285,12 +285,12 @@ class ZerothDryRun:
 
     def _forwards(self, run: Callable[[], Any]) -> None:
         self.meter.kind, self._seen_block = "activations", False
-        with explaining(type(self._twin.module).__name__, OWN_STEP):
+        # around all streams, as in a real run: a default dtype is the process's, and streams take turns
+        with explaining(type(self._twin.module).__name__, OWN_STEP), self._context():
             run()
 
     def _loss(self, part: Any) -> Tensor:
-        with self._context():
-            return self._step(self._twin.module, part)
+        return self._step(self._twin.module, part)
 
     def _replay_step(self) -> None:
         for _ in range(self._micro_batches):

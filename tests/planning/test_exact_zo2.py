@@ -178,3 +178,14 @@ def test_with_all_weights_on_the_device_nothing_is_waited_for() -> None:
     assert set(planned.lanes) == {"compute"}
     assert planned.step_s == pytest.approx(planned.bound_s)
     assert planned.host.bytes == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_a_dry_run_leaves_the_process_as_it_was(precision: str) -> None:
+    """Streams take turns, so that what one of them sets for the process would outlive it."""
+    module, batch = ZOO["llama"]()
+    settings = ZO2Settings(seed=0, min_numel=0)
+    scenario = Scenario(module, batch, cpu(), method=ZEROTH, settings=settings, precision=precision)
+    assert Dry(scenario).parameters > 0
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
