@@ -60,7 +60,13 @@ def test_a_plan_is_printed_written_and_drawn(run, capsys) -> None:
     assert made["fits"] is True
     assert made["tokens"] == 4 * 32
     assert made["precision"] == "bf16-true"
-    assert {made["method"], *(other["method"] for other in made["others"])} == {"none", "zero-offload", "full", "lsp"}
+    assert {made["method"], *(other["method"] for other in made["others"])} == {
+        "none",
+        "zero-offload",
+        "full",
+        "lsp",
+        "zo2",
+    }
     assert imread("out/plan.png").std() > 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("fits", "zero-offload", "device memory", "out/plan.json"))

@@ -218,12 +218,12 @@ class Cache:
 
     Args:
         folder: Made where it is not there.
-        train: What takes a run to its result.
+        trainer: What takes a run to its result; ``train`` by default.
     """
 
-    def __init__(self, folder: Path, train: Callable[[Any], Result] = train) -> None:
+    def __init__(self, folder: Path, trainer: Callable[[Any], Result] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file, self._train = folder / "quality.jsonl", train
+        self.file, self._train = folder / "quality.jsonl", trainer or train
 
     def result(self, run: Any) -> Result:
         """Of this run, a dataclass: from the file, or trained now."""

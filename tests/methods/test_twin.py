@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from lightning_offload.methods import dryrun, twin
 from lightning_offload.methods.meter import Meter
 from lightning_offload.methods.twin import Twin, TwinError, TwinMeter, pretending
+from lightning_offload.methods.zo2 import ZO2Settings
 from lightning_offload.planning import plan
 from lightning_offload.planning.scenario import Dry, Scenario
 from tests.planning.machines import cpu, gpu
@@ -245,4 +246,5 @@ def test_shapes_asked_in_cpp_are_those_of_the_fake_mode(monkeypatch: pytest.Monk
     for family in ("llama", "mistral", "phi"):
         module, batch = hugging_face(family)
         Dry(Scenario(module, batch, cpu(), precision="bf16-mixed", checkpointing=True))
+    Dry(Scenario(module, batch, cpu(), method="zo2", settings=ZO2Settings(min_numel=0)))
     assert seen == twin._IN_CPP
