@@ -18,13 +18,13 @@ from lightning_offload.methods.streaming import Leaf
 from lightning_offload.methods.zo2 import ZO2Settings
 from lightning_offload.numerics.noise import TILE
 
-DRAWN_NS = {"popcount": 85.0, "gaussian": 60.0, "rademacher": 12.0}
+DRAWN_NS = {"popcount": 17.5, "gaussian": 11.0, "rademacher": 4.0}
 """Per element on a CPU, by torch's operations: one core of an AMD EPYC with AVX-512, as `bench.noise` prints it."""
 
-ROUNDED_NS = 30.0
+ROUNDED_NS = 7.0
 """More of an update that rounds stochastically."""
 
-PASSED_NS = 4.0
+PASSED_NS = 0.5
 """To read a weight and to write what comes of it."""
 
 
