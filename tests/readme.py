@@ -21,6 +21,7 @@ TREE = {
     "lightning_offload/numerics/zeroth.py": "zeroth-order steps: perturbed copies and updates, tile by tile",
     "lightning_offload/numerics/noise_kernel.py": "the same in one pass on a GPU: a Triton kernel",
     "lightning_offload/numerics/mezo.py": "MeZO's own noise, in any order, and its arithmetic",
+    "lightning_offload/numerics/adapter.py": "sparse adapters: routing, selection, forward and backward of the rows in use",
     "lightning_offload/numerics/rounding.py": "stochastic rounding to bf16 and fp16",
     "lightning_offload/numerics/norms.py": "norms, the clip coefficient, masters that follow their weights",
     "lightning_offload/memory/blocks.py": "splits any model into units: repeated blocks, and the rest; ties",
