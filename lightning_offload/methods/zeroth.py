@@ -472,8 +472,8 @@ class ZerothEngine:
         if self._base is None:
             if self.log:
                 raise OffloadError(
-                    "The weights that this run began with were not hashed then (it had no `log_file`), so its log has "
-                    "nothing to refer to: leave `log_file` out, or continue a run that had one from its first step"
+                    "The weights that this run began with were not hashed then, so its log has nothing to refer to: "
+                    "pass `log_file` from a run's first step on; without one this run can go on, but not be replayed"
                 )
             self._base = hash_weights(self.module.parameters())
         settings = self.method.settings

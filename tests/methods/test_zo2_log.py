@@ -247,7 +247,7 @@ def test_the_header_is_asked_for_before_the_first_step() -> None:
     engine = make_engine(module, by_type(module), dtypes=ROUNDED)
     engine.micro_batch(module.loss, token_batches(1))
     engine.step()
-    with pytest.raises(OffloadError, match=r"were not hashed then.*leave `log_file` out, or"):
+    with pytest.raises(OffloadError, match=r"were not hashed then.*pass `log_file` from a run's first step on"):
         engine.header()
     engine.detach()
 
