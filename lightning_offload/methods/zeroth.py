@@ -581,8 +581,9 @@ class ZerothEngine:
             for leaf in self.trained:
                 if not {leaf.rest.dtype, leaf.compute} <= set(PERTURBED):
                     raise ValueError(
-                        f"noise='philox' moves weights in float32, but `{leaf.name}` is kept in {leaf.rest.dtype}: "
-                        "pass noise='mezo', or a model in float32 or 16 bits"
+                        f"noise='philox' moves weights in float32, but `{leaf.name}` is kept in {leaf.rest.dtype} and "
+                        f"seen in {leaf.compute}: pass a model in float32 or 16 bits, or noise='mezo' with one dtype "
+                        "for both"
                     )
             return PhiloxNoise(settings.seed, settings.eps, settings.distribution, dtypes.rounding)
         leaves = sorted(self.trained, key=lambda leaf: leaf.place)

@@ -136,11 +136,13 @@ def test_the_precision_of_mezo(asked: dict[str, Any]) -> None:
     assert precision.dtypes(ZO2(ZO2Settings())).compute == torch.bfloat16
 
 
-def test_philox_noise_moves_what_fp32_holds() -> None:
-    net = Net().double()
-    with pytest.raises(ValueError, match=r"`embed.weight` is kept in torch.float64.*noise='mezo'"):
-        make_engine(net)
-    make_engine(net, noise="mezo").detach()
+@pytest.mark.parametrize("wire", [None, torch.float16])
+def test_philox_noise_moves_what_fp32_holds(wire: torch.dtype | None) -> None:
+    net, kept = Net().double(), wire or torch.float64
+    message = f"`embed.weight` is kept in {kept} and seen in torch.float64: pass a model in float32 or 16 bits.*'mezo'"
+    with pytest.raises(ValueError, match=message):
+        make_engine(net, dtypes=DTypes(wire=wire))
+    make_engine(net.double(), noise="mezo").detach()
 
 
 class Calling(nn.Linear):
