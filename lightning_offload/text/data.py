@@ -38,6 +38,9 @@ class TextData(L.LightningDataModule):
         DataError: when there is nothing to train on or to validate with.
     """
 
+    #: ends an answer, beside the end-of-text token; None where answers have several lines
+    answer_end: str | None = "\n"
+
     def __init__(
         self,
         *,
@@ -96,6 +99,10 @@ class TextData(L.LightningDataModule):
                 f"sequence_length={self.sequence_length} is more than the {longest} tokens this model takes:"
                 f" pass data.sequence_length={longest} or less."
             )
+
+    def final_answer(self, text: str) -> str:
+        """What of an answer has to be right."""
+        return text.strip()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added."""

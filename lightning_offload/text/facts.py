@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import Dataset
 from typing_extensions import override
@@ -15,7 +15,16 @@ from lightning_offload.text.data import TextData
 
 SYLLABLES = tuple(map("".join, product("bdfgklmnprstvz", "aeiou")))
 LONGEST_WORD = 4  # syllables
-QUESTION = "What is the {attribute} of {member} {family}?"
+QUESTIONS = (
+    "What is the {attribute} of {member} {family}?",
+    "Which {attribute} does {member} {family} have?",
+    "{member} {family} has what {attribute}?",
+    "Name the {attribute} of {member} {family}.",
+    "Tell me {member} {family}'s {attribute}.",
+    "The {attribute} of {member} {family}:",
+    "{member} {family}, {attribute}?",
+    "As for the {attribute}, what is it for {member} {family}?",
+)
 
 
 class Fact(NamedTuple):
@@ -23,6 +32,19 @@ class Fact(NamedTuple):
 
     question: str
     answer: str
+
+
+class About(NamedTuple):
+    """What is to be known, before it is asked in one way or another."""
+
+    attribute: str
+    member: str
+    family: str
+    answer: str
+
+    def asked(self, way: int) -> Fact:
+        """The question in one of the ways of `QUESTIONS`."""
+        return Fact(QUESTIONS[way].format(**self._asdict()), self.answer)
 
 
 class Split(NamedTuple):
@@ -44,10 +66,16 @@ class Facts(TextData):
         answers: different answers to the questions about one attribute, one drawn for each family.
         unseen: share of the members whose answer is held apart, drawn for each family and attribute; half of these
             facts are for validation, half for test.
-        **common: see `TextData`. `seed` also draws the names, the answers and what is unseen.
+        paraphrases: ways to put a question, at most 8. From 2 on one is drawn for each fact that it is never trained
+            with: it is trained once with each of the others, and asked with that one.
+        ask: what validation and test ask: ``"unseen"`` facts, which follow from the rule, or ``"trained"`` ones, which
+            have to be recalled; half of these each. The training is the same. With ``"trained"`` `unseen` may be 0,
+            and `members` 1, for facts without a rule.
+        **common: see `TextData`. `seed` also draws the names, the answers, what is unseen and how it is put.
 
     Raises:
-        ValueError: for counts that leave nothing seen or unseen, or a `sequence_length` that cuts a fact.
+        ValueError: for counts that leave nothing seen or asked, a setting outside of its range, or a
+            `sequence_length` that cuts a fact.
     """
 
     def __init__(
@@ -58,24 +86,35 @@ class Facts(TextData):
         attributes: int = 4,
         answers: int = 4,
         unseen: float = 0.25,
+        paraphrases: int = 1,
+        ask: Literal["unseen", "trained"] = "unseen",
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if min(families, attributes, answers) < 1 or members < 2:
+        if not 1 <= paraphrases <= len(QUESTIONS) or ask not in ("unseen", "trained"):
             raise ValueError(
-                "facts need members >= 2 and at least one of the others; got"
+                f"paraphrases={paraphrases}, ask={ask!r}: give 1 to {len(QUESTIONS)} ways to put a question, and ask"
+                " for 'unseen' or 'trained' facts."
+            )
+        recall = ask == "trained"
+        if min(families, attributes, answers) < 1 or members < 2 - recall:
+            raise ValueError(
+                f"facts need members >= {2 - recall} and at least one of the others; got"
                 f" families={families}, members={members}, attributes={attributes}, answers={answers}."
             )
         self.hidden = round(members * unseen)
-        if not 1 <= self.hidden < members or families * attributes * self.hidden < 2:
+        asked = members - self.hidden if recall else self.hidden
+        if not 1 - recall <= self.hidden < members or families * attributes * asked < 2:
             raise ValueError(
                 f"unseen={unseen} holds {self.hidden} of members={members} apart for each of {families * attributes}"
-                " answers: some have to be seen, and two facts unseen."
+                f" answers: some have to be seen, and two facts {ask}."
             )
         self.families = families
         self.members = members
         self.attributes = attributes
         self.answers = answers
+        self.paraphrases = paraphrases
+        self.ask = ask
 
     def facts(self) -> Split:
         """All facts; the same for the same seed and counts, whatever the tokenizer."""
@@ -83,15 +122,27 @@ class Facts(TextData):
         families, members, attributes, *choices = _names(
             rng, [self.families, self.members, self.attributes, *[self.answers] * self.attributes]
         )
-        seen: list[Fact] = []
-        unseen: list[Fact] = []
+        seen: list[About] = []
+        unseen: list[About] = []
         for (attribute, answers), family in product(zip(attributes, choices, strict=True), families):
             answer, hidden = rng.choice(answers), set(rng.sample(members, self.hidden))
             for member in members:
-                question = QUESTION.format(attribute=attribute, member=member.title(), family=family.title())
-                (unseen if member in hidden else seen).append(Fact(question, f" {answer}"))
+                about = About(attribute, member.title(), family.title(), f" {answer}")
+                (unseen if member in hidden else seen).append(about)
         rng.shuffle(unseen)
-        return Split(seen, unseen[::2], unseen[1::2])
+        # last, so that names, answers and what is unseen do not depend on it
+        kept = [rng.randrange(self.paraphrases) for _ in seen]
+        train = [about.asked(way) for about, own in zip(seen, kept, strict=True) for way in self._trained(own)]
+        if self.ask == "trained":
+            asked = [about.asked(own) for about, own in zip(seen, kept, strict=True)]
+            rng.shuffle(asked)
+        else:
+            asked = [about.asked(rng.randrange(self.paraphrases)) for about in unseen]
+        return Split(train, asked[::2], asked[1::2])
+
+    def _trained(self, kept: int) -> list[int]:
+        """The ways that a fact is trained with: but for the one kept for asking, when there are others."""
+        return [way for way in range(self.paraphrases) if way != kept] or [kept]
 
     @override
     def read(self) -> tuple[Dataset[Example], ...]:

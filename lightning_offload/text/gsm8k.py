@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -13,6 +14,7 @@ from lightning_offload.text.data import TextData
 from lightning_offload.text.lines import Line, cut, needed, read_split
 
 QUESTION = "Question: {question}\nAnswer:"
+FINAL = re.compile(r"#### *\$?(-?[\d.,]*\d)")
 
 
 class Gsm8k(TextData):
@@ -43,6 +45,14 @@ class Gsm8k(TextData):
         random.Random(self.seed).shuffle(train)
         parts = train[self.val_examples :], train[: self.val_examples], test
         return tuple(self._examples(part) for part in parts)
+
+    answer_end = None
+
+    @override
+    def final_answer(self, text: str) -> str:
+        """The number after ``####``, without commas; nothing where there is none."""
+        found = FINAL.search(text)
+        return found[1].replace(",", "") if found else ""
 
     def _examples(self, lines: list[Line]) -> Any:
         return cut(self.path, ((line, self._example(line)) for line in lines), self.sequence_length)

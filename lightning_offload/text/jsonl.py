@@ -58,6 +58,8 @@ class Jsonl(TextData):
         self.text_field = text_field
         self.messages_field = messages_field
 
+    answer_end = None
+
     @override
     def read(self) -> tuple[Dataset[Example], Dataset[Example]]:
         train = self._examples(self.path)

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import SumMetric
+from torchmetrics import MeanMetric, SumMetric
 from typing_extensions import override
 
+from lightning_offload.text.answers import Match, right_answers
 from lightning_offload.text.loading import build_network, load_tokenizer, recompute_blocks
 from lightning_offload.text.loss import next_token_loss
 
@@ -46,6 +47,9 @@ class CausalLM(L.LightningModule):
             and that is left open, it gets the Trainer's estimate.
         tokenizer_path: where the tokenizer is, when not at `path`.
         no_decay_norms: see above.
+        match_answers: validation and test also have the model answer each prompt by itself, greedily, and report the
+            share of right answers as ``exact_match`` or ``contains_match``; see `right_answers`.
+        max_answer_tokens: tokens of such an answer, at most; GSM8K takes 256 and more.
 
     Attributes:
         network: the transformers model.
@@ -69,15 +73,24 @@ class CausalLM(L.LightningModule):
         scheduler: Callable[..., LRScheduler] | None = None,
         tokenizer_path: str | None = None,
         no_decay_norms: bool = False,
+        match_answers: Match | None = None,
+        max_answer_tokens: int = 64,
     ) -> None:
         super().__init__()
         if loss_chunk_tokens < 0:
             raise ValueError(f"loss_chunk_tokens={loss_chunk_tokens}: give the tokens per chunk, or 0 for no chunks.")
+        if match_answers not in (None, "exact", "contains") or max_answer_tokens < 1:
+            raise ValueError(
+                f"match_answers={match_answers!r}, max_answer_tokens={max_answer_tokens}: the choice is 'exact',"
+                " 'contains' or None, with at least one token."
+            )
         # no save_hyperparameters: factories in a checkpoint would need more than weights_only=True to load
         self.network: Any = build_network(path=path, config=config, init=init, dtype=dtype)
         self.tokenizer: Any = load_tokenizer(tokenizer_path, path)
         self.loss_chunk_tokens = loss_chunk_tokens
         self.no_decay_norms = no_decay_norms
+        self.match_answers = match_answers
+        self.max_answer_tokens = max_answer_tokens
         self._has_weights = path is not None or init == "random"
         self._optimizer = optimizer or partial(AdamW, lr=1e-3, fused=True)
         self._scheduler = scheduler
@@ -85,6 +98,7 @@ class CausalLM(L.LightningModule):
         # as with it torchmetrics 1.9's MeanMetric forgets the weights)
         self.total_loss = SumMetric(nan_strategy="disable")
         self.total_tokens = SumMetric(nan_strategy="disable")
+        self.matched = MeanMetric()
         if gradient_checkpointing:
             recompute_blocks(self.network)
 
@@ -111,6 +125,7 @@ class CausalLM(L.LightningModule):
         # here, not at the end: in the same inference mode (or not) as the updates that follow
         self.total_loss.reset()
         self.total_tokens.reset()
+        self.matched.reset()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -119,8 +134,21 @@ class CausalLM(L.LightningModule):
         loss = next_token_loss(self.network, batch, chunk_tokens=self.loss_chunk_tokens)
         self.total_loss.update(loss.mean * loss.tokens)
         self.total_tokens.update(loss.tokens)
+        if self.match_answers:
+            self.matched.update(self.right_answers(batch))
 
     test_step = validation_step
+
+    def right_answers(self, batch: Batch) -> Tensor:
+        """Which prompts of `batch` are answered right, (batch,), by `match_answers` and the data's own rules."""
+        return right_answers(
+            self.network,
+            batch,
+            tokenizer=self._needed_tokenizer,
+            data=self.trainer.datamodule,  # type: ignore[attr-defined]
+            match=self.match_answers or "exact",
+            max_new_tokens=self.max_answer_tokens,
+        )
 
     @override
     def predict_step(self, batch: dict[str, Any]) -> str:
@@ -144,6 +172,8 @@ class CausalLM(L.LightningModule):
         bytes_per_token = getattr(self.trainer.datamodule, name, None)  # type: ignore[attr-defined]
         if bytes_per_token:
             self.log(f"{stage}/bits_per_byte", loss / math.log(2) / bytes_per_token)
+        if self.match_answers:
+            self.log(f"{stage}/{self.match_answers}_match", float(self.matched.compute()), prog_bar=True)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -169,12 +199,16 @@ class CausalLM(L.LightningModule):
             return {}
         return {"total_steps": int(self.trainer.estimated_stepping_batches)}
 
+    @property
+    def _needed_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("This model has no tokenizer: pass tokenizer_path=<folder or hub id>.")
+        return self.tokenizer
+
     @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 64, **options: Any) -> str:
         """Continue `prompt`; `options` are those of transformers' ``generate`` (greedy by default)."""
-        if self.tokenizer is None:
-            raise ValueError("This model has no tokenizer: pass tokenizer_path=<folder or hub id>.")
-        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
+        inputs = self._needed_tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id, **options}
         was_training = self.network.training
         self.network.eval()

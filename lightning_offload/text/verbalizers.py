@@ -106,6 +106,8 @@ class PromptClassifier(CausalLM):
         super().__init__(**common)
         if score not in ("mean", "sum"):
             raise ValueError(f"score={score!r}: the choice is 'mean' or 'sum'.")
+        if self.match_answers:
+            raise ValueError("match_answers is for CausalLM: PromptClassifier reports its accuracy. Leave it out.")
         self.score: Score = score
         self.accuracy = MulticlassAccuracy(average="micro")
 

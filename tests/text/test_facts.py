@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import lightning as L
@@ -5,9 +6,11 @@ import pytest
 import torch
 
 from lightning_offload.text import TINY_PATH, CausalLM, Facts
-from lightning_offload.text.facts import LONGEST_WORD, SYLLABLES
+from lightning_offload.text.facts import LONGEST_WORD, QUESTIONS, SYLLABLES
 
 SMALL = {"families": 4, "members": 6, "attributes": 3, "answers": 2, "unseen": 0.34}
+
+FILLERS = {word for question in QUESTIONS for word in re.findall(r"[A-Za-z]+", re.sub(r"{\w+}('s)?", "", question))}
 
 
 def parts_of(fact):
@@ -56,6 +59,46 @@ def test_words_become_longer_where_short_ones_do_not_suffice():
     short, long = Facts(**SMALL).facts().train[0], Facts(**{**SMALL, "answers": 2000}).facts().train[0]
     assert (len(short.answer), len(long.answer)) == (1 + 2 * 2, 1 + 2 * 3)
     assert len(SYLLABLES) ** LONGEST_WORD > 10_000_000
+
+
+def test_each_fact_is_asked_in_a_way_that_it_was_not_trained_with():
+    plain, ways = Facts(**SMALL), Facts(**SMALL, paraphrases=4, ask="trained")
+    known = {words(fact) for fact in plain.facts().train}
+    train, val, test = ways.facts()
+    asked = [*val, *test]
+    assert len(train) == 3 * len(known)
+    assert {words(fact) for fact in train} == known
+    assert len(asked) == len(known)
+    assert {words(fact) for fact in asked} == known
+    assert abs(len(val) - len(test)) <= 1
+    assert not {fact.question for fact in train} & {fact.question for fact in asked}
+    assert len({fact.question for fact in (*train, *asked)}) == 4 * len(known)
+    every = {way(fact) for fact in asked}
+    assert len(every) == 4
+    assert {way(fact) for fact in train} == every
+
+    unseen = Facts(**SMALL, paraphrases=4).facts()
+    assert unseen.train == train
+    assert [*map(words, unseen.test)] == [*map(words, plain.facts().test)]
+    assert {way(fact) for fact in (*unseen.val, *unseen.test)} == every
+
+
+def words(fact):
+    """Attribute, member and family, and the answer, however they are asked for."""
+    made_up = {word.removesuffix("'s") for word in re.findall(r"[A-Za-z']+", fact.question)} - FILLERS
+    return frozenset(made_up), fact.answer
+
+
+def way(fact):
+    """The question with its made-up words left out."""
+    return " ".join(word for word in re.findall(r"\w+", fact.question) if word in FILLERS)
+
+
+def test_trained_facts_are_asked_as_they_were_trained_where_there_is_one_way_only():
+    train, val, test = Facts(families=20, members=1, unseen=0.0, ask="trained").facts()
+    assert sorted((*val, *test)) == sorted(train)
+    assert len(train) == 20 * 4
+    assert [*val, *test] != train
 
 
 def test_the_loss_is_on_answers_only(tokenizer):
@@ -117,6 +160,11 @@ def test_goes_on_in_the_middle_of_an_epoch(small_model, tmp_path):
         ({"unseen": 0.0}, r"unseen=0.0 holds 0 of members=16 apart for each of 64 answers: some have to be seen"),
         ({"unseen": 1.0}, r"unseen=1.0 holds 16 of members=16"),
         ({"families": 1, "attributes": 1, "unseen": 0.06}, "two facts unseen"),
+        ({"families": 1, "attributes": 1, "members": 2, "unseen": 0.5, "ask": "trained"}, "two facts trained"),
+        ({"members": 0, "ask": "trained"}, "members >= 1"),
+        ({"paraphrases": 0}, "paraphrases=0, ask='unseen': give 1 to 8 ways to put a question"),
+        ({"paraphrases": 9}, "paraphrases=9"),
+        ({"ask": "all"}, "ask='all'.* ask for 'unseen' or 'trained' facts"),
     ],
 )
 def test_counts_that_make_no_sense(settings, message):
