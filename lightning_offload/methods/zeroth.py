@@ -460,8 +460,7 @@ class ZerothEngine:
         in_a_row, total = own[SKIPS]
         self.report = ZerothReport(step=self._steps, skipped_in_a_row=in_a_row, skipped_total=total)
         self._seed, state = own[SEEDS]
-        if state is not None:
-            self.noise.load(state)
+        self.noise.load(state)
 
     def header(self) -> Header:
         """What the log refers to; hashes the weights where that has not been done, so ask before the first step.
