@@ -15,6 +15,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 TREE = {
     "lightning_offload/numerics/adam.py": "AdamW, Adam, SGD: one step on given tensors, with torch's bits",
+    "lightning_offload/numerics/row_adam.py": "AdamW on some rows of a table: exact and paid on touch, or SparseAdam's",
     "lightning_offload/numerics/projector.py": "sparse projectors: draw, compress, decompress, carry moments over",
     "lightning_offload/numerics/fitting.py": "what projectors miss of a gradient, and projectors that miss less",
     "lightning_offload/numerics/noise.py": "counter-based noise: any element on its own, the same bits everywhere",
@@ -66,6 +67,7 @@ TREE = {
     "lightning_offload/methods/zeroth_dryrun.py": "the same of zo2: forwards in lock-step, recorded and replayed",
     "lightning_offload/methods/priced_noise.py": "what noise and updates would take there",
     "lightning_offload/methods/part.py": "something goes down in backward, the host steps with it",
+    "lightning_offload/methods/ffn.py": "the feed-forward networks of any decoder, by structure",
     "lightning_offload/methods/full.py": "method `full`: exact AdamW",
     "lightning_offload/methods/host.py": "gradients down, the step on the host, weights up",
     "lightning_offload/methods/lsp.py": "method `lsp`: settings, and which weights it projects",
