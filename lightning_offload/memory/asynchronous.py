@@ -199,6 +199,9 @@ class AsyncLanes:
     def watch(self, name: str, tensor: Tensor) -> None:
         """See ``Lanes.watch``."""
 
+    def unwatch(self, tensor: Tensor) -> None:
+        """See ``Lanes.unwatch``."""
+
     def scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
         """See ``Lanes.scratch``; only the worker calls it, so one buffer per dtype is enough."""
         held = self._scratch.get(dtype)

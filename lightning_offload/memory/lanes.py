@@ -64,6 +64,10 @@ class Lanes(Protocol):
         """Declare memory that the engine did not make but copies into (a weight of the module)."""
         ...
 
+    def unwatch(self, tensor: Tensor) -> None:
+        """An engine buffer on the device is let go of: its memory is no longer the engine's."""
+        ...
+
     def scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Memory of the host lane itself: valid inside one host function, contents undefined at its start."""
         ...
@@ -184,6 +188,9 @@ class InlineLanes:
 
     def watch(self, name: str, tensor: Tensor) -> None:
         """See ``Lanes.watch``."""
+
+    def unwatch(self, tensor: Tensor) -> None:
+        """See ``Lanes.unwatch``."""
 
     def scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
         """See ``Lanes.scratch``."""

@@ -43,3 +43,86 @@ class Ring:
         if slot.free is not None:
             self._lanes.wait_compute(slot.free)  # its last copy down has read the buffer
         return slot
+
+
+class Staging:
+    """Page-locked host buffers that are taken in turn; one that turns out too small is made anew, larger.
+
+    Whoever takes one puts ``slot.free`` into the ``after=`` of what writes it, and sets it to the event of its reader.
+    """
+
+    def __init__(self, lanes: Lanes, name: str, dtype: torch.dtype, count: int, *, numel: int = 0) -> None:
+        self._lanes, self._name, self._dtype = lanes, name, dtype
+        self._made = 0
+        self._slots = [self._make(numel) for _ in range(count)]
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes of the buffers."""
+        return sum(slot.buffer.nbytes for slot in self._slots)
+
+    def take(self, numel: int) -> Slot:
+        """The next one, with at least ``numel`` elements."""
+        at, self._next = self._next, (self._next + 1) % len(self._slots)
+        if self._slots[at].buffer.numel() < numel:
+            self._slots[at] = self._make(numel)
+        return self._slots[at]
+
+    def _make(self, numel: int) -> Slot:
+        self._made += 1
+        (buffer,) = self._lanes.buffers(f"{self._name}.{self._made}", [numel], self._dtype, "pinned")
+        return Slot(buffer)
+
+
+class Loans:
+    """Device buffers of any size that are lent one by one, and are all given back at once."""
+
+    SPARE = 1.25
+    """Room for a larger need of the same borrower, so that buffers are seldom made."""
+
+    def __init__(self, lanes: Lanes, name: str, dtype: torch.dtype) -> None:
+        self._lanes, self._name, self._dtype = lanes, name, dtype
+        self._idle: list[Slot] = []
+        self._lent: list[Slot] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of all buffers."""
+        return sum(slot.buffer.nbytes for slot in (*self._idle, *self._lent))
+
+    def lend(self, numel: int, most: int) -> Slot:
+        """One of at least ``numel`` elements, the smallest there is; made for up to ``most`` where there is none.
+
+        ``free`` goes into the ``after=`` of what writes it.
+        """
+        fitting = [slot for slot in self._idle if slot.buffer.numel() >= numel]
+        if fitting:
+            slot = min(fitting, key=lambda slot: slot.buffer.numel())
+            self._idle.remove(slot)
+        else:
+            self._drop_one()
+            (buffer,) = self._lanes.buffers(self._name, [min(int(numel * self.SPARE), most)], self._dtype, "device")
+            slot = Slot(buffer)
+        self._lent.append(slot)
+        return slot
+
+    def give_back(self) -> None:
+        """What compute has been issued so far is the last that reads them."""
+        if self._lent:
+            done = self._lanes.compute()
+            for slot in self._lent:
+                slot.free = done
+            self._idle += self._lent
+            self._lent = []
+
+    def close(self) -> None:
+        """Let go of all; nothing is in flight."""
+        self._idle, self._lent = [], []
+
+    def _drop_one(self) -> None:
+        """The largest of those that were too small."""
+        if self._idle:
+            slot = max(self._idle, key=lambda slot: slot.buffer.numel())
+            self._idle.remove(slot)
+            self._lanes.unwatch(slot.buffer)

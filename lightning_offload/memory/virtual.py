@@ -180,6 +180,9 @@ class VirtualLanes:
     def watch(self, name: str, tensor: Tensor) -> None:
         """See ``Lanes.watch``."""
 
+    def unwatch(self, tensor: Tensor) -> None:
+        """See ``Lanes.unwatch``."""
+
     def scratch(self, numel: int, dtype: torch.dtype) -> Tensor:
         """See ``Lanes.scratch``; host functions do not run here, so nobody asks."""
         with self._counting_as(None):

@@ -15,7 +15,7 @@ It knows nothing of Lightning; ten lines drive it::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,9 +32,10 @@ from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepRepor
 from lightning_offload.methods.homes import settle, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.method import Method, Site
-from lightning_offload.methods.part import HostPart, form_gradient
+from lightning_offload.methods.part import form_gradient
 from lightning_offload.methods.resident import ResidentOptimizer
 from lightning_offload.methods.rules import check_groups, frozen_groups, rule_for
+from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.verdict import Judge, Tally
 from lightning_offload.numerics.norms import adopt_
@@ -101,7 +102,9 @@ class Engine:
             self.trained = self._find_trained()
             claimed = [t for t in self.trained if id(t.parameter) in claims]
             others = [t for t in self.trained if id(t.parameter) not in claims]
-            on_host = [t for t in others if t.parameter.numel() >= settings.min_numel]
+            stays = method.stays(module)
+            small = [t for t in others if t.parameter.numel() < settings.min_numel or id(t.parameter) in stays]
+            on_host = [t for t in others if t not in small]
             if machine is not None:
                 self._require_host(machine, claimed, on_host)
             decides_late = expects_clip or (settings.skip_nonfinite and not method.layer_wise)
@@ -110,9 +113,8 @@ class Engine:
             self.host = HostOptimizer(
                 on_host, self.rule, lanes, dtypes, accumulate_on_host=site.accumulate_on_host, wants_norms=decides_late
             )
-            small = [t for t in others if t.parameter.numel() < settings.min_numel]
             self.resident = ResidentOptimizer(small, self.rule, lanes, dtypes)
-            self.senders: tuple[HostPart[Any], ...] = (*([self.own] if self.own is not None else []), self.host)
+            self.senders: tuple[Sender, ...] = (*([self.own] if self.own is not None else []), self.host)
             self.parts: tuple[Part, ...] = (*self.senders, self.resident)
             self._part_of = {id(t): part for part in self.parts for t in part.trained}
             self._judge = Judge(lanes, len(self.trained), settings.max_skips) if decides_late else None
@@ -138,7 +140,7 @@ class Engine:
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Around one forward of training: each unit waits for its own weights."""
-        with self.arrivals.forward():
+        with self.arrivals.forward(), self.own.forward() if self.own is not None else nullcontext():
             yield
         if self.own is not None:
             self.publish()  # units that this forward has not used: nothing of a step before is under way in backward
@@ -147,7 +149,7 @@ class Engine:
     def gradient_arrived(self, trained: Trained) -> None:
         """Backward has put a gradient into ``p.grad``; it leaves if it is complete and nobody looks at it."""
         part = self._part_of[id(trained)]
-        assert isinstance(part, HostPart)
+        assert isinstance(part, Sender)
         if not part.waits(trained):
             return
         if self._calibrating is not None:
@@ -240,6 +242,8 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until nothing is in flight: every parameter of the module equals its rounded master."""
+        if self.own is not None and not self.closed:
+            self.own.catch_up()
         try:
             self.lanes.synchronize()
         finally:
@@ -357,8 +361,8 @@ class Engine:
             if t.name not in gradients:
                 continue
             part = self._part_of[id(t)]
-            is_sum = self.method.settings.accumulate == "host" or gradients[t.name].shape != t.parameter.shape
-            if isinstance(part, HostPart) and is_sum:
+            is_sent = gradients[t.name].shape != t.parameter.shape
+            if isinstance(part, Sender) and (part.sums_on_host or is_sent):
                 part.load_pending_of(t, gradients[t.name])
             else:
                 t.parameter.grad = gradients[t.name].to(t.parameter.device, t.parameter.dtype, copy=True)

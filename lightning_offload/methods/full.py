@@ -19,8 +19,8 @@ from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import Machine
 from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.method import Site, resolve_common
-from lightning_offload.methods.part import HostPart
 from lightning_offload.methods.rules import Rule
+from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.settings import GradientSettings
 
 
@@ -63,6 +63,10 @@ class Full:
         """See ``Method.claim``."""
         return set()
 
+    def stays(self, module: nn.Module) -> set[int]:
+        """See ``Method.stays``."""
+        return set()
+
     def leaves_frozen(self) -> bool:
         """See ``Method.leaves_frozen``."""
         return False
@@ -71,6 +75,6 @@ class Full:
         """See ``Method.host_bytes``."""
         return 0
 
-    def make_part(self, claimed: Sequence[Trained], site: Site) -> HostPart[Any] | None:
+    def make_part(self, claimed: Sequence[Trained], site: Site) -> Sender | None:
         """See ``Method.make_part``."""
         return None

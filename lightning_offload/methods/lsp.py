@@ -30,8 +30,8 @@ from lightning_offload.methods.activations import linear_modules
 from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.dims import largest_hidden_dim
 from lightning_offload.methods.method import Site, resolve_common
-from lightning_offload.methods.part import HostPart
 from lightning_offload.methods.rules import Rule
+from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.settings import GradientSettings, require
 from lightning_offload.methods.subspace import SubspaceOptimizer
 
@@ -252,6 +252,10 @@ class LSP:
             if weight.requires_grad and weight.numel() >= self.settings.min_numel
         }
 
+    def stays(self, module: nn.Module) -> set[int]:
+        """See ``Method.stays``."""
+        return set()
+
     def leaves_frozen(self) -> bool:
         """See ``Method.leaves_frozen``."""
         return self.settings.others == "frozen"
@@ -260,7 +264,7 @@ class LSP:
         """See ``Method.host_bytes``."""
         return SubspaceOptimizer.host_bytes(claimed, rule, dtypes, self.settings)
 
-    def make_part(self, claimed: Sequence[Trained], site: Site) -> HostPart[Any] | None:
+    def make_part(self, claimed: Sequence[Trained], site: Site) -> Sender | None:
         """See ``Method.make_part``."""
         _check_rule(site.rule)
         return SubspaceOptimizer(claimed, site, self.settings)

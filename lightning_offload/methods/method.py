@@ -13,8 +13,8 @@ from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.homes import weight_dtype
-from lightning_offload.methods.part import HostPart
 from lightning_offload.methods.rules import Rule
+from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.settings import GradientSettings
 
 
@@ -90,6 +90,10 @@ class Method(Protocol):
         """
         ...
 
+    def stays(self, module: nn.Module) -> set[int]:
+        """Ids of the parameters that are stepped on the device, however large."""
+        ...
+
     def leaves_frozen(self) -> bool:
         """Whether what it does not claim is not trained at all."""
         ...
@@ -98,7 +102,7 @@ class Method(Protocol):
         """Exactly what the host arenas will hold for these parameters."""
         ...
 
-    def make_part(self, claimed: Sequence[Trained], site: Site) -> HostPart[Any] | None:
+    def make_part(self, claimed: Sequence[Trained], site: Site) -> Sender | None:
         """What steps the claimed parameters.
 
         Raises:

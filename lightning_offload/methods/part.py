@@ -6,8 +6,8 @@ projected ones in ``subspace.py``.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, ClassVar, Generic
 
@@ -20,6 +20,7 @@ from lightning_offload.memory.slots import Ring
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import AnyHome, UnitHomes
 from lightning_offload.methods.rules import Rule
+from lightning_offload.methods.sender import FactorsArrived, Sender
 from lightning_offload.numerics.norms import gradient_norm
 
 SLOT_NUMEL = 1 << 25
@@ -35,10 +36,6 @@ The step then takes 1.46 (1.27 to 1.53) times the fused fp32 one, whose 28 bytes
 """
 
 
-FactorsArrived = Callable[[Trained, Tensor, Tensor], None]
-"""Told of (tokens, m) and (tokens, n), whose product is the gradient (m, n) of a parameter that gets none."""
-
-
 def _telling(arrived: Callable[[Trained], None], trained: Trained) -> Callable[[Tensor], None]:
     return lambda _: arrived(trained)
 
@@ -51,7 +48,7 @@ def form_gradient(trained: Trained, left: Tensor, right: Tensor) -> None:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-class HostPart(ABC, Generic[AnyHome]):
+class HostPart(Sender, Generic[AnyHome]):
     """See the module docstring.
 
     Attributes:
@@ -80,7 +77,7 @@ class HostPart(ABC, Generic[AnyHome]):
         self._rule = rule
         self._lanes = lanes
         self._dtypes = dtypes
-        self._on_host = accumulate_on_host
+        self.sums_on_host = accumulate_on_host
         self._wants_norms = wants_norms
         self._units = [
             UnitHomes(index, self._make_homes(list(members)))
@@ -119,27 +116,6 @@ class HostPart(ABC, Generic[AnyHome]):
     def _launch(self, unit: UnitHomes[AnyHome], backward_done: Event) -> None:
         """Send up what the unit's step has made."""
 
-    @abstractmethod
-    def adopt(self) -> None:
-        """See ``Part.adopt``."""
-
-    @abstractmethod
-    def state_of(self, trained: Trained) -> dict[str, Tensor]:
-        """See ``Part.state_of``."""
-
-    @abstractmethod
-    def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
-        """See ``Part.load_state_of``."""
-
-    @abstractmethod
-    def master_of(self, trained: Trained) -> Tensor | None:
-        """See ``Part.master_of``."""
-
-    @property
-    @abstractmethod
-    def holdings(self) -> dict[str, int]:
-        """Bytes in host memory by what they hold."""
-
     def _step_after(self, unit: UnitHomes[AnyHome]) -> list[Event]:
         """What else the unit's step comes after, beside its gradients and the verdict."""
         return []
@@ -156,7 +132,7 @@ class HostPart(ABC, Generic[AnyHome]):
             return
         if home.taken:
             self._refuse_stepped(home)
-        if home.taken and not self._on_host:
+        if home.taken and not self.sums_on_host:
             self._lanes.synchronize()
             self._recall(home)
             home.taken, home.late, home.landed = False, True, []
@@ -216,41 +192,13 @@ class HostPart(ABC, Generic[AnyHome]):
         """What it holds on the device: here the rings in which gradients leave."""
         return sum(ring.nbytes for ring in self._rings.values())
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Host memory in which it works, beside the arenas."""
-        return 0
-
     def install(self, arrived: Callable[[Trained], None], factors: FactorsArrived) -> list[Callable[[], Any]]:
         """Hang on the module what tells of gradients; returns how to take it off."""
         return [t.parameter.register_post_accumulate_grad_hook(_telling(arrived, t)).remove for t in self.trained]
 
-    def factors_ready(self, trained: Trained, left: Tensor, right: Tensor, moment: Moment) -> None:
-        """Take the two factors of a gradient; that they are all is said apart."""
-        raise NotImplementedError
-
     def waits(self, trained: Trained) -> bool:
         """Whether there is a gradient that has not been taken."""
         return self._waits(self._home[trained.name])
-
-    def calibration_due(self, step: int) -> bool:
-        """Whether this optimizer step needs a calibration before it."""
-        return False
-
-    def calibrations(self, step: int) -> Iterator[Callable[[Trained], None]]:
-        """What to do with every gradient of a calibration batch, once per backward over it; nothing is in flight."""
-        yield from ()
-
-    def extras(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the optimizer's state, by parameter name; nothing is in flight."""
-        return {}
-
-    def load_extras(self, extras: Mapping[str, Any]) -> None:
-        """The inverse of ``extras``.
-
-        Raises:
-            CheckpointError: They do not fit the settings of this run.
-        """
 
     def free_rings(self) -> None:
         """Give the rings back to the device; nothing is in flight, and nothing will be sent any more."""
@@ -280,7 +228,7 @@ class HostPart(ABC, Generic[AnyHome]):
 
     def _carve_totals(self, label: str, sizes: Sequence[int]) -> Sequence[Tensor | None]:
         """Sums over micro-batches, where they are on the host."""
-        if not self._on_host:
+        if not self.sums_on_host:
             return [None] * len(sizes)
         return self._carve(f"{label}.total", sizes, [(torch.float32, "host")] * len(sizes))
 
@@ -302,7 +250,7 @@ class HostPart(ABC, Generic[AnyHome]):
         """Send the gradient down, and free it."""
         payload = self._payload(home, moment)
         home.trained.parameter.grad = None
-        if self._wants_norms and not self._on_host:
+        if self._wants_norms and not self.sums_on_host:
             home.trained.norm = gradient_norm(payload)
         self._send(home, payload)
         if home.total is not None:

@@ -17,10 +17,11 @@ from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verd
 from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
 from lightning_offload.methods.dims import host_step_bytes
 from lightning_offload.methods.homes import CHUNK_NUMEL, UnitHomes, chunks, clip_, settle, skips, weight_dtype
-from lightning_offload.methods.part import FactorsArrived, HostPart, form_gradient
+from lightning_offload.methods.part import HostPart, form_gradient
 from lightning_offload.methods.projections import HostPairs, seed_for
 from lightning_offload.methods.refits import Refits, SubspaceHome, sharing_key
 from lightning_offload.methods.rules import Rule
+from lightning_offload.methods.sender import FactorsArrived
 from lightning_offload.numerics.projector import Projector, apply_, compress, compress_activations
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def load_pending_of(self, trained: Trained, gradient: Tensor) -> None:
         """The inverse of ``pending_of``."""
-        if self._on_host:
+        if self.sums_on_host:
             super().load_pending_of(trained, gradient)
         else:
             weight = trained.parameter
