@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_offload.memory.arena import aligned
+from lightning_offload.memory.budget import GIB
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.streaming import Berth
 from lightning_offload.methods.zeroth import ZerothEngine
@@ -80,6 +81,15 @@ def test_units_that_fit_into_the_slots_come_up_once() -> None:
         engine.step()
     once = stored_bytes(engine.streaming.streamed)
     assert moved(engine) == (once, 4 * once)
+    engine.detach()
+
+
+@pytest.mark.parametrize(("fit", "kept"), [(0.5, 0), (1.0, 1), (2.5, 2), (5.0, 5)])
+def test_gib_of_residents_keep_the_last_blocks_that_fit(fit: float, kept: int) -> None:
+    net, block_bytes = Net(depth=5), sum(p.numel() * 2 for p in Net().blocks[0].parameters())
+    dtypes = DTypes(compute=torch.float32, wire=torch.float16)
+    engine = make_engine(net, dtypes=dtypes, min_numel=0, resident=fit * block_bytes / GIB)
+    assert [berth.unit.name for berth in engine.streaming.streamed] == [f"blocks.{at}" for at in range(5 - kept)]
     engine.detach()
 
 
