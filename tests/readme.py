@@ -20,7 +20,7 @@ TREE = {
     "lightning_offload/numerics/fitting.py": "what projectors miss of a gradient, and projectors that miss less",
     "lightning_offload/numerics/noise.py": "counter-based noise: any element on its own, the same bits everywhere",
     "lightning_offload/numerics/zeroth.py": "zeroth-order steps: perturbed copies and updates, tile by tile",
-    "lightning_offload/numerics/noise_kernel.py": "the same in one pass on a GPU: a Triton kernel",
+    "lightning_offload/numerics/noise_kernel.py": "the same on a GPU: a Triton kernel",
     "lightning_offload/numerics/mezo.py": "MeZO's own noise, in any order, and its arithmetic",
     "lightning_offload/numerics/adapter.py": "sparse adapters: routing, selection, forward and backward of the rows in use",
     "lightning_offload/numerics/rounding.py": "stochastic rounding to bf16 and fp16",

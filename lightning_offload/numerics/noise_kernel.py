@@ -1,4 +1,4 @@
-"""One Triton kernel for a visit: pending updates and both perturbed copies, the weight read and written once.
+"""Updates and perturbed copies on a GPU by one Triton kernel, with no memory beside the results.
 
 Popcount and Rademacher noise and all roundings have the bits of the torch form (`zeroth`), Gaussian noise is within
 ulps of it. The kernels are defined in a function, which puts them and `tl` among this module's globals: Triton's

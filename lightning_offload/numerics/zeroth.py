@@ -83,7 +83,8 @@ def advance_(
 ) -> None:
     """`update_`, then `perturb` into each of at most two ``copies``, with one pass over the weight.
 
-    Beside the results it takes the memory of a few tiles; on CUDA none, where Triton is installed.
+    Beside the results it takes the memory of a few tiles. On CUDA, where Triton is installed, it takes none, and a pass
+    for every eight updates.
 
     Args:
         weight: contiguous, any shape, one of `DTYPES`; written only if there are updates.
