@@ -344,7 +344,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         min_numel: Smaller units stay on the device.
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
-        host_threads: Of the host worker; zo2 has no work for it.
+        host_threads: Of the host worker, which copies what is not page-locked.
         skip_nonfinite: Drop a step whole when a loss is not finite.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.

@@ -17,12 +17,12 @@ class CommonSettings:
     """Settings that every method has.
 
     Attributes:
-        min_numel: Smaller parameters stay on the device with their optimizer state.
+        min_numel: Smaller parameters (zo2: units) stay on the device with their optimizer state.
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` does so as far as the machine allows.
-        host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
-        skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite; ``False`` is exact
-            parity with plain AdamW on NaN.
+        host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one, of zo2 one.
+        skip_nonfinite: Leave everything as it is in a step whose gradient norm (zo2: loss) is not finite; ``False`` is
+            exact parity with plain AdamW on NaN.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: What to do when the host arenas cannot fit: ``"error"`` or ``"warn"``.
         max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
