@@ -30,8 +30,8 @@ from tests.zo2 import ZO2, ZLit, oracle, same_weights, sgd, shuffled_zo2, zfit, 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16, "bf16-mixed": torch.float32}
 
 
-def batches(module: ZLit, epochs: int = 1) -> list[Tensor]:
-    return list(module.train_dataloader()) * epochs
+def batches(module: ZLit) -> list[Tensor]:
+    return list(module.train_dataloader())
 
 
 def nearest(precision: str, **settings: Any) -> ZO2OffloadStrategy:

@@ -159,7 +159,7 @@ def test_the_projected_gradient_is_that_of_autograd() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """The largest tensor that any operation makes, in elements."""
+    """The largest storage that any operation makes, in bytes."""
 
     largest = 0
 
