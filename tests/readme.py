@@ -68,6 +68,8 @@ TREE = {
     "lightning_offload/methods/priced_noise.py": "what noise and updates would take there",
     "lightning_offload/methods/part.py": "something goes down in backward, the host steps with it",
     "lightning_offload/methods/ffn.py": "the feed-forward networks of any decoder, by structure",
+    "lightning_offload/methods/sparse_adapter.py": "sparse adapters beside them: parameters, hooks, where rows come from",
+    "lightning_offload/methods/padding.py": "which tokens of a forward are padding",
     "lightning_offload/methods/full.py": "method `full`: exact AdamW",
     "lightning_offload/methods/host.py": "gradients down, the step on the host, weights up",
     "lightning_offload/methods/lsp.py": "method `lsp`: settings, and which weights it projects",

@@ -28,6 +28,7 @@ class FFN:
     Attributes:
         path: Of ``holder`` in the model.
         block: Index of its block, in module order.
+        block_path: Of its block in the model.
         hidden_size: Width d of its input and of its output.
         holder: The network; the block itself where it is a pair of linears of the block (OPT).
         entry: The module whose call shows x: ``holder``, or the first of the pair.
@@ -36,6 +37,7 @@ class FFN:
 
     path: str
     block: int
+    block_path: str
     hidden_size: int
     holder: nn.Module
     entry: nn.Module
@@ -64,7 +66,7 @@ def find_ffns(model: nn.Module, *, targets: str | Sequence[str] | None = None, l
         name, block = blocks[index]
         found[index] = _in_block(block, name) if wanted is None else _inside(block, wanted)
     _check(found, blocks, targets)
-    return [_ffn(path, index, module, blocks[index][1]) for index, [(path, module)] in sorted(found.items())]
+    return [_ffn(path, module, index, *blocks[index]) for index, [(path, module)] in sorted(found.items())]
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -188,10 +190,10 @@ def _check(found: dict[int, list[Named]], blocks: list[Named], targets: str | Se
             )
 
 
-def _ffn(path: str, index: int, holder: nn.Module, block: nn.Module) -> FFN:
+def _ffn(path: str, holder: nn.Module, index: int, block_path: str, block: nn.Module) -> FFN:
     pair = None if holder is not block and _is_usual(path, holder) else _pair(holder)
     entry, leave = pair or (holder, holder)
-    return FFN(path, index, _hidden_size(entry, block), holder, entry, leave)
+    return FFN(path, index, block_path, _hidden_size(entry, block), holder, entry, leave)
 
 
 def _hidden_size(entry: nn.Module, block: nn.Module) -> int:
