@@ -99,14 +99,25 @@ def select(
 
 
 def union(picks: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """``Picks.rows`` and ``Picks.places`` of what ``select`` gave; on a GPU it waits for the number of rows alone.
+    """``Picks.rows`` and ``Picks.places`` of what ``select`` gave; on a GPU it waits for the number of rows.
+
+    Args:
+        picks: (T, K') int64.
+        width: r.
+    """
+    used, places = places_of(picks, width)
+    return used.nonzero().flatten(), places
+
+
+def places_of(picks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Which of all rows are used, (r,) bool, and ``Picks.places``; waits for nothing.
 
     Args:
         picks: (T, K') int64.
         width: r.
     """
     used = torch.zeros(width, dtype=torch.bool, device=picks.device).index_fill_(0, picks.flatten(), True)
-    return used.nonzero().flatten(), (used.cumsum(0) - 1)[picks]
+    return used, (used.cumsum(0) - 1)[picks]
 
 
 def adapter(
@@ -221,7 +232,7 @@ def _gates(
     if logits is None or experts is None:
         return None
     c = logits.new_zeros(len(logits), count).scatter_(1, experts, logits)
-    return c[:, owners] if places is None else c.gather(1, owners[places])
+    return c.index_select(1, owners) if places is None else c.gather(1, owners[places])
 
 
 def _spread(picked: Tensor, places: Tensor | None, keys: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ def test_of_equal_experts_and_rows_the_first_are_taken(active: int) -> None:
 
 
 def test_where_nothing_is_left_out_nothing_is_scored() -> None:
-    keys = torch.full((24, 10), torch.nan)
-    x, experts = torch.ones(2, 10), torch.tensor([[5, 1], [0, 3]])
+    x, keys = torch.ones(2, 10), torch.ones(24, 0)
+    experts = torch.tensor([[5, 1], [0, 3]])
     rows = select(x, keys, experts, None, group=4, top_k=8)
     assert rows.tolist() == [[20, 21, 22, 23, 4, 5, 6, 7], [0, 1, 2, 3, 12, 13, 14, 15]]
 
@@ -314,6 +314,14 @@ def test_backward_twice_and_a_second_time_from_the_start_give_the_same_bits(gate
     grads.append(torch.autograd.grad(gathered(*inputs, **how), inputs[:3], weights))
     for first, *others in zip(*grads, strict=True):
         assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    inputs = drawn()
+    y = gathered(*inputs, active=2, top_k=4, gate="logit", scope="token")
+    (of_x,) = torch.autograd.grad(y, inputs[:1], torch.ones_like(y).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        of_x.sum().backward()
 
 
 def test_touched_rows_are_those_with_any_gradient() -> None:
