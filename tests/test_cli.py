@@ -252,6 +252,20 @@ def test_facts_are_generated(method: str, run, given, capsys) -> None:
     assert json.loads(Path("runs/facts/evaluation.json").read_text())["bits_per_byte"] > 0
 
 
+@pytest.mark.parametrize("method", ["full", "zo2"])
+def test_facts_are_asked_and_the_answers_matched(method: str, run, given, refused, capsys) -> None:
+    facts = [*given[:2], "data=facts", "data.families=4", "data.paraphrases=3", "data.ask=trained", "hardware=cpu"]
+    match = ["model.match_answers=contains", "model.max_answer_tokens=3"]
+    steps = ["name=facts", "trainer.max_steps=2", "plan=false", "trace=false"]
+    assert run("train", *facts, *match, *OF_METHOD[method], *steps) == 0
+    assert "contains match" in capsys.readouterr().out.partition("before -> after")[2]
+    asked = ["data.ask=unseen", "model.match_answers=exact", "hardware=cpu", "max_new_tokens=2", "split=test"]
+    assert run("evaluate", "ckpt_path=runs/facts", *asked) == 0
+    assert "exact match 0.0" in capsys.readouterr().out
+    assert json.loads(Path("runs/facts/evaluation.json").read_text())["exact_match"] == 0
+    assert "unexpected keyword argument 'aks'" in refused("evaluate", "ckpt_path=runs/facts", "data.aks=unseen")
+
+
 def test_a_plan_by_shape_has_the_label_words(run, capsys) -> None:
     shape = ["model=opt_125m", "data=sst2", "data.path=none", "data.sequence_length=16", "hardware=rtx4090"]
     assert run("plan", *shape, "data.batch_size=4", "method=full") == 0

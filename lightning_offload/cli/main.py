@@ -63,7 +63,7 @@ def main() -> int:
         if command not in _COMMANDS:
             raise OffloadError(f"no command {command!r}; there are {', '.join(_COMMANDS)}")
         _check_flags(arguments)
-        return _run_hydra(command, arguments)
+        return _run_hydra(command, _of_run(arguments) if command == "evaluate" else arguments)
 
 
 _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
@@ -74,6 +74,11 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
     "bench": bench,
     "doctor": doctor,
 }
+
+
+def _of_run(arguments: list[str]) -> list[str]:
+    """Settings of model and data may be for those of the run, which Hydra does not know."""
+    return [f"++{given}" if given.startswith(("model.", "data.")) else given for given in arguments]
 
 
 def _run_hydra(command: str, arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_offload.errors import DataError
 from lightning_offload.text.loss import IGNORED
 
 Match = Literal["exact", "contains"]
@@ -25,7 +26,7 @@ def asked(batch: dict[str, Tensor]) -> Asked:
     """Prompts and answers of a batch, whichever side is padded.
 
     Raises:
-        ValueError: for an example that is not one prompt with what is learned after it.
+        DataError: for an example that is not one prompt with what is learned after it.
     """
     prompts, answers = [], []
     masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -33,7 +34,7 @@ def asked(batch: dict[str, Tensor]) -> Asked:
         ids, learned = row[mask], labels[mask] != IGNORED
         start = len(ids) - int(learned.sum())
         if not 0 < start < len(ids) or not bool(learned[start:].all()):
-            raise ValueError(
+            raise DataError(
                 "match_answers takes examples of one prompt and one answer (facts, gsm8k, jsonl with prompt and"
                 f" completion); in this one {len(ids) - start} of {len(ids)} tokens are learned. Leave it out."
             )
@@ -99,7 +100,7 @@ def right_answers(
         (n,), fp32, 1 where right.
 
     Raises:
-        ValueError: for a batch without prompts and answers, or an answer of the data with nothing that counts.
+        DataError: for a batch without prompts and answers, or an answer of the data with nothing that counts.
     """
     prompts, answers = asked(batch)
     counts: Callable[[str], str] = getattr(data, "final_answer", str.strip)
@@ -110,7 +111,7 @@ def right_answers(
     for text, whole in zip(said, _texts(tokenizer, [answer.tolist() for answer in answers]), strict=True):
         given, gold = counts(text), counts(whole)
         if not gold:
-            raise ValueError(f"Nothing counts in the answer {whole[-80:]!r}: if it is cut, raise data.sequence_length.")
+            raise DataError(f"Nothing counts in the answer {whole[-80:]!r}: if it is cut, raise data.sequence_length.")
         right.append(given == gold if match == "exact" else gold in given)
     return torch.tensor(right, dtype=torch.float32, device=batch["input_ids"].device)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_offload.errors import DataError
 from lightning_offload.text import TINY_PATH, CausalLM, Facts, Gsm8k, PromptClassifier, PythonDocs
 from lightning_offload.text.answers import asked, continued
 from lightning_offload.text.batches import answered, collate
@@ -110,7 +111,7 @@ def test_of_gsm8k_the_final_number_counts(says, right, judged, gsm8k):
 @pytest.mark.filterwarnings("ignore:.* are cut on the right")
 def test_an_answer_that_is_cut_is_not_counted_as_wrong(judged, gsm8k):
     data = Gsm8k(path=gsm8k, val_examples=1, sequence_length=20)
-    with pytest.raises(ValueError, match=r"Nothing counts in the answer .*raise data\.sequence_length"):
+    with pytest.raises(DataError, match=r"Nothing counts in the answer .*raise data\.sequence_length"):
         judged(data, ANSWERS, str, match_answers="exact")
 
 
@@ -233,7 +234,7 @@ def test_trained_facts_are_recalled_when_asked_in_another_way():
 
 def test_what_cannot_be_asked(small_model, tokenizer):
     docs = PythonDocs(sequence_length=32, limit_train_tokens=64, limit_val_tokens=64, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"match_answers takes examples of one prompt and one answer .* 32 of 32"):
+    with pytest.raises(DataError, match=r"match_answers takes examples of one prompt and one answer .* 32 of 32"):
         trainer().validate(small_model(match_answers="exact"), docs, verbose=False)
     with pytest.raises(ValueError, match=r"match_answers='equal', max_answer_tokens=64: the choice is 'exact'"):
         small_model(match_answers="equal")
