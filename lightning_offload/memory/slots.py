@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_offload.memory.lanes import Event, Lanes
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """One buffer of a ring and the event after which its last reader is done."""
 

@@ -7,7 +7,7 @@ projected ones in ``subspace.py``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar, Generic
 
@@ -199,6 +199,12 @@ class HostPart(Sender, Generic[AnyHome]):
     def waits(self, trained: Trained) -> bool:
         """Whether there is a gradient that has not been taken."""
         return self._waits(self._home[trained.name])
+
+    def catch_up(self) -> None:
+        """See ``Sender.catch_up``: nothing is put off."""
+
+    def load_extras(self, extras: Mapping[str, Any]) -> None:
+        """See ``Sender.load_extras``: there are none."""
 
     def free_rings(self) -> None:
         """Give the rings back to the device; nothing is in flight, and nothing will be sent any more."""

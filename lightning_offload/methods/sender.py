@@ -114,6 +114,7 @@ class Sender(ABC):
         """Around one forward of training."""
         return nullcontext()
 
+    @abstractmethod
     def catch_up(self) -> None:
         """Issue what has been put off: weights at rest are the latest once nothing is in flight."""
 
@@ -133,6 +134,7 @@ class Sender(ABC):
         """What a checkpoint keeps beside the optimizer's state, by parameter name; nothing is in flight."""
         return {}
 
+    @abstractmethod
     def load_extras(self, extras: Mapping[str, Any]) -> None:
         """The inverse of ``extras``.
 

@@ -1,0 +1,363 @@
+"""The rows of all adapters under an engine: they come up as they are used, their gradients add up on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_offload.errors import CheckpointError
+from lightning_offload.memory.lanes import Event, nbytes
+from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
+from lightning_offload.methods.homes import load_state, weight_dtype
+from lightning_offload.methods.row_source import AdapterRows, Desk, LaneSource, Placement
+from lightning_offload.methods.row_tables import RowSteps, RowTable
+from lightning_offload.methods.rules import Rule
+from lightning_offload.methods.sender import FactorsArrived, Sender
+from lightning_offload.methods.sparse_adapter import SparseAdapter
+
+if TYPE_CHECKING:
+    from lightning_offload.methods.meft import MEFTSettings
+    from lightning_offload.methods.method import Site
+
+
+class RowOptimizer(Sender):
+    """See the module docstring, and ``Sender``. The parameters of the adapters become the masters.
+
+    Args:
+        trained: Keys and values of all adapters.
+        adapters: The adapters.
+        site: Where and with what.
+        settings: Of the method, resolved.
+
+    Raises:
+        ValueError: Rows cannot be stepped alone by this optimizer.
+    """
+
+    sums_on_host = True
+
+    def __init__(
+        self, trained: Sequence[Trained], adapters: Sequence[SparseAdapter], site: Site, settings: MEFTSettings
+    ) -> None:
+        assert settings.placement != "auto"
+        _check_rule(site.rule, settings.row_optimizer)
+        self.trained = sorted(trained, key=lambda t: (t.unit.index, t.position))
+        self._rule, self._lanes, self._dtypes = site.rule, site.lanes, site.dtypes
+        self._placement: Placement = settings.placement
+        self._row_optimizer: RowSteps = settings.row_optimizer if len(site.rule.states) == 2 else "dense"
+        if self._row_optimizer == "auto" and not site.rule.decoupled:
+            self._row_optimizer = "dense"
+        at = {id(t.parameter): t for t in self.trained}
+        self._homes = [self._make_home(a, at[id(a.keys)], at[id(a.values)]) for a in adapters if id(a.keys) in at]
+        self._home = {table.trained.name: home for home in self._homes for table in home.tables}
+        self._table = {table.trained.name: table for home in self._homes for table in home.tables}
+        tables = list(self._table.values())
+        self._desk = Desk(
+            self._lanes,
+            tables[0].shadow.dtype,
+            max(table.master.numel() for table in tables),
+            len(self._homes[0].fetched),
+        )
+        self._added: dict[str, Event] = {}  # the last addition to each sum since the last step
+
+    # Part.
+
+    def gradient_ready(self, trained: Trained, moment: Moment) -> None:
+        """See ``Part.gradient_ready``: rows have their own way, ``p.grad`` stays empty."""
+
+    def collect(self, step: int) -> None:
+        """See ``Part.collect``: rows left as their gradients came."""
+
+    def has_gradient(self, trained: Trained) -> bool:
+        """See ``Part.has_gradient``."""
+        return trained.name in self._added
+
+    def waits(self, trained: Trained) -> bool:
+        """See ``Sender.waits``."""
+        return False
+
+    def update(self, groups: Groups, verdict: Verdict, backward_done: Event) -> list[Event]:
+        """See ``Part.update``.
+
+        Raises:
+            ValueError: A group that rows cannot be stepped alone with.
+        """
+        _check_groups([groups[t.group] for t in self.trained], self._row_optimizer)
+        readers = []
+        for home in self._homes:
+            taken = [table for table in home.tables if table.trained.name in self._added]
+            if taken:
+                readers.append(self._step(home, taken, groups, verdict))
+                self._refresh(home, backward_done)
+        self._added = {}
+        return readers
+
+    def drop(self) -> None:
+        """See ``Part.drop``."""
+        self._added = {}
+        for table in self._table.values():
+            table.forget()
+
+    def adopt(self) -> None:
+        """See ``Part.adopt``: the parameter is the master; what is shown of it may be out of date."""
+        for home in self._homes:
+            for table in home.tables:
+                table.show()
+            self._refresh(home, self._lanes.compute())
+            home.flight.land()
+        self._lanes.synchronize()
+
+    def state_of(self, trained: Trained) -> dict[str, Tensor]:
+        """See ``Part.state_of``; the tensors are the arenas' own memory."""
+        table = self._table[trained.name]
+        if float(table.step) == 0:
+            return {}
+        return ({"step": table.step.clone()} if self._rule.has_step else {}) | table.states
+
+    def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
+        """See ``Part.load_state_of``; rows that were behind catch up first, of which ``load_extras`` may know more."""
+        table = self._table[trained.name]
+        table.history = None
+        load_state(self._rule, table.step, table.states, trained, state)
+
+    def master_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.master_of``: the parameter is the master."""
+        return None
+
+    def pending_of(self, trained: Trained) -> Tensor | None:
+        """See ``Part.pending_of``."""
+        return self._table[trained.name].total if trained.name in self._added else None
+
+    # Beside the protocol.
+
+    def load_pending_of(self, trained: Trained, gradient: Tensor) -> None:
+        """See ``Sender.load_pending_of``."""
+        table = self._table[trained.name]
+        table.add(torch.arange(len(gradient)), gradient.to("cpu", torch.float32))
+        self._added[trained.name] = self._lanes.host(lambda: None, tag="accumulate")
+
+    def host_norms(self) -> list[tuple[Trained, Tensor, list[Event]]]:
+        """See ``Sender.host_norms``."""
+        return [
+            (table.trained, table.total, [self._added[name]])
+            for name, table in self._table.items()
+            if name in self._added
+        ]
+
+    def install(self, arrived: Callable[[Trained], None], factors: FactorsArrived) -> list[Callable[[], Any]]:
+        """See ``Sender.install``."""
+        for home in self._homes:
+            home.adapter.source = LaneSource(home, self._desk, self._gradient)
+        return [partial(_own_rows_again, [home.adapter for home in self._homes])]
+
+    def forward(self) -> AbstractContextManager[None]:
+        """See ``Sender.forward``."""
+        return self._desk.forward()
+
+    def catch_up(self) -> None:
+        """See ``Sender.catch_up``."""
+        for home in self._homes:
+            behind = [table for table in home.tables if table.history is not None]
+            if behind:
+                home.stepped = self._lanes.host(
+                    partial(_catch_up, behind),
+                    after=home.before_host_work(),
+                    priority=home.flight.order,
+                    tag="catch up",
+                )
+
+    def free_rings(self) -> None:
+        """See ``Sender.free_rings``."""
+        self._desk.close()
+        for home in self._homes:
+            home.keys_up = home.values_up = None
+
+    def step_all(self, groups: Groups, verdict: Verdict) -> None:
+        """See ``Sender.step_all``: of all rows."""
+        for table in self._table.values():
+            table.touched.fill_(True)
+            table.make_step(self._rule, groups[table.trained.group], verdict)
+
+    @property
+    def holdings(self) -> dict[str, int]:
+        """See ``Sender.holdings``."""
+        tables = self._table.values()
+        held = {
+            "masters": [table.master for table in tables],
+            "optimizer state": [state for table in tables for state in table.states.values()],
+            "sums over micro-batches": [table.total for table in tables],
+            "rows as they go up": [table.shadow for table in tables if table.rounded],
+        }
+        return {name: nbytes(tensors) for name, tensors in held.items() if tensors}
+
+    @property
+    def device_bytes(self) -> int:
+        """See ``Sender.device_bytes``: rows that are up, and what stays there."""
+        return self._desk.device_bytes + self.resident_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device bytes of keys and values that stay there."""
+        return nbytes(up for home in self._homes for up in (home.keys_up, home.values_up) if up is not None)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """See ``Sender.scratch_bytes``: buffers in which rows wait."""
+        return self._desk.staging_bytes
+
+    def take_union_share(self) -> float:
+        """Rows used per row there is, over the calls since this was asked last."""
+        return self._desk.take_share()
+
+    def extras(self) -> dict[str, Any]:
+        """See ``Sender.extras``: which steps rows may have missed."""
+        return {name: table.state() for name, table in self._table.items()}
+
+    def load_extras(self, extras: Mapping[str, Any]) -> None:
+        """See ``Sender.load_extras``."""
+        for name, table in self._table.items():
+            if name not in extras:
+                raise CheckpointError(f"The checkpoint knows no rows of `{name}`, which this run trains.")
+            table.load(extras[name])
+
+    # Buffers.
+
+    def _make_home(self, adapter: SparseAdapter, keys: Trained, values: Trained) -> AdapterRows:
+        on_device = {"host": (False, False), "keys": (True, False), "device": (True, True)}[self._placement]
+        tables = self._make_table(keys, on_device[0]), self._make_table(values, on_device[1])
+        home = AdapterRows(adapter, *tables, keys.flight)
+        (home.flags,) = self._lanes.buffers(f"{keys.name}.used", [adapter.settings.width], torch.bool, "pinned")
+        home.keys_up, home.values_up = (
+            self._bring_to_stay(table) if stays else None for table, stays in zip(tables, on_device, strict=True)
+        )
+        return home
+
+    def _make_table(self, trained: Trained, stays: bool) -> RowTable:
+        """What the device keeps is stepped whole: nobody fetches it, so nothing would catch it up."""
+        parameter, name = trained.parameter, trained.name
+        shape, numel, shown = parameter.shape, parameter.numel(), weight_dtype(parameter, self._dtypes)
+        rounded = shown != torch.float32
+
+        def make(what: str, dtype: torch.dtype = torch.float32, *, pinned: bool = False) -> Tensor:
+            place: Any = "pinned" if pinned else "host"
+            return self._lanes.buffers(f"{name}.{what}", [numel], dtype, place)[0].view(shape)
+
+        master = make("master", pinned=stays and not rounded)
+        with torch.no_grad():
+            master.copy_(parameter.detach())
+        parameter.data = master
+        shadow = make("shadow", shown, pinned=stays) if rounded else master
+        lazy = self._row_optimizer == "lazy"
+        table = RowTable(
+            trained=trained,
+            master=master,
+            states={state: make(state) for state in self._rule.states},
+            total=make("sum"),
+            shadow=shadow,
+            steps="dense" if stays and not lazy else self._row_optimizer,
+        )
+        table.show()
+        return table
+
+    def _bring_to_stay(self, table: RowTable) -> Tensor:
+        (flat,) = self._lanes.buffers(
+            f"{table.trained.name}.resident.rows", [table.master.numel()], table.shadow.dtype, "device"
+        )
+        up = flat.view(table.master.shape)
+        self._lanes.wait_compute(self._lanes.copy([up], [table.shadow], "h2d", tag="rows that stay"))
+        return up
+
+    # Down.
+
+    def _gradient(self, table: RowTable, rows: Tensor, gradient: Tensor) -> None:
+        name, home, lanes = table.trained.name, self._home[table.trained.name], self._lanes
+        slot = self._desk.down.take(gradient.numel())
+        landing = slot.buffer[: gradient.numel()].view(gradient.shape)
+        free = [slot.free] if slot.free is not None else []
+        landed = lanes.copy(
+            [landing],
+            [gradient.contiguous()],
+            "d2h",
+            after=[lanes.compute(), *free],
+            priority=home.flight.order,
+            tag="row gradients",
+        )
+        before = [event for event in (self._added.get(name), home.stepped) if event is not None]
+        slot.free = self._added[name] = lanes.host(
+            partial(table.add, rows, landing),
+            after=[landed, *before],
+            priority=home.flight.order,
+            tag="accumulate",
+            traffic_bytes=gradient.numel() * (8 + gradient.element_size()),
+        )
+
+    # Stepping.
+
+    def _step(self, home: AdapterRows, tables: list[RowTable], groups: Groups, verdict: Verdict) -> Event:
+        after = [self._added[table.trained.name] for table in tables] + home.before_host_work()
+        after += [verdict.host_ready] if verdict.host_ready is not None else []
+
+        def step() -> None:
+            for table in tables:
+                table.make_step(self._rule, groups[table.trained.group], verdict)
+
+        home.stepped = self._lanes.host(
+            step,
+            after=after,
+            priority=home.flight.order,
+            tag="step",
+            traffic_bytes=sum(table.master.numel() * table.step_bytes for table in tables),
+        )
+        return home.stepped
+
+    def _refresh(self, home: AdapterRows, backward_done: Event) -> None:
+        """What stays on the device, after it has changed."""
+        stay = [(up, t) for up, t in ((home.keys_up, home.keys), (home.values_up, home.values)) if up is not None]
+        if not stay:
+            return
+        after = [event for event in (home.stepped, backward_done) if event is not None]
+        arrived = home.refreshed = self._lanes.copy(
+            [up for up, _ in stay],
+            [table.shadow for _, table in stay],
+            "h2d",
+            after=after,
+            priority=home.flight.order,
+            tag="rows that stay",
+        )
+        home.flight.launch(lambda: self._lanes.wait_compute(arrived))
+
+
+def _check_groups(groups: Sequence[Mapping[str, Any]], steps: RowSteps) -> None:
+    for group in groups:
+        if steps == "lazy" and group["weight_decay"]:
+            raise ValueError(
+                f"`row_optimizer='lazy'` leaves untouched rows as they are, so weight_decay={group['weight_decay']} "
+                "would act on some rows alone: set weight_decay=0, or pass row_optimizer='deferred'"
+            )
+        if steps in ("auto", "deferred") and group["betas"][0] ** 2 >= group["betas"][1]:
+            raise ValueError(
+                f"`row_optimizer={steps!r}` needs betas[0]**2 < betas[1], got betas={tuple(group['betas'])}: pass "
+                "row_optimizer='dense'"
+            )
+
+
+def _own_rows_again(adapters: Sequence[SparseAdapter]) -> None:
+    for adapter in adapters:
+        adapter.source = None
+
+
+def _catch_up(tables: Sequence[RowTable]) -> None:
+    for table in tables:
+        table.catch_up()
+
+
+def _check_rule(rule: Rule, steps: RowSteps) -> None:
+    if steps in ("deferred", "lazy") and not (rule.decoupled if steps == "deferred" else len(rule.states) == 2):
+        raise ValueError(
+            f"`row_optimizer={steps!r}` steps rows by AdamW, not by `{rule.name}`: return `torch.optim.AdamW` from "
+            "`configure_optimizers`, or pass row_optimizer='dense'"
+        )

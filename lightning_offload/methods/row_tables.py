@@ -1,0 +1,216 @@
+"""Keys or values of one adapter in host memory, row by row: what host functions do with them, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_offload.methods.base import Trained, Verdict
+from lightning_offload.methods.homes import CHUNK_NUMEL, clip_
+from lightning_offload.methods.part import CAST_BYTES
+from lightning_offload.methods.rules import Rule
+from lightning_offload.numerics.row_adam import History, catch_up_, deferred_, lazy_
+
+RowSteps = Literal["auto", "dense", "deferred", "lazy"]
+
+MOSTLY = 0.3
+"""Touched share of a table from which on stepping all of it is cheaper than gathering rows (``auto``)."""
+
+
+@dataclass(eq=False, kw_only=True)
+class RowTable:
+    """A table of r rows; all tensors are (r, d).
+
+    Attributes:
+        trained: The parameter; its ``data`` is ``master``.
+        master: fp32, the truth.
+        states: Optimizer state by torch's name.
+        total: fp32 sum of the gradients since the last step; zero outside ``touched``.
+        shadow: What goes up: the master itself, or rounded to the dtype that the device computes in.
+        steps: How rows are stepped.
+        step: The table's own step count, fp32 scalar.
+        touched: Rows with a gradient since the last step, (r,) bool.
+        last: The step that each row saw last, (r,) int64, where rows may be behind.
+        history: Of the steps that rows may have missed; made by the first step of some rows.
+        eps: AdamW's, in that history.
+    """
+
+    trained: Trained
+    master: Tensor
+    states: dict[str, Tensor]
+    total: Tensor
+    shadow: Tensor
+    steps: RowSteps
+    step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
+    touched: Tensor = field(init=False)
+    last: Tensor = field(init=False)
+    history: History | None = None
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Nothing has been touched."""
+        self.total.zero_()
+        self.touched = torch.zeros(len(self.master), dtype=torch.bool, device="cpu")
+        self.last = torch.zeros(len(self.master), dtype=torch.int64, device="cpu")
+
+    @staticmethod
+    def bytes_per_element(shown: torch.dtype, rule: Rule) -> int:
+        """Host bytes: master, state, sum, and what is shown where that is rounded."""
+        return 4 + 4 * len(rule.states) + 4 + (shown.itemsize if shown != torch.float32 else 0)
+
+    @property
+    def step_bytes(self) -> int:
+        """Host memory traffic of one element's step: sum read and zeroed, master and states read and written."""
+        states = 8 + 8 + 8 * len(self.states)
+        return states + CAST_BYTES if self.rounded else states
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the device is shown rounded rows."""
+        return self.shadow is not self.master
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether rows may have missed steps."""
+        return self.history is not None and bool((self.last < self.history.step).any())
+
+    def add(self, rows: Tensor, gradient: Tensor) -> None:
+        """Add the gradient rows, (U, d), that are not zero."""
+        present = gradient.any(1)
+        if not bool(present.all()):
+            rows, gradient = rows[present], gradient[present]
+        for part in _row_chunks(len(rows), self.master.shape[1]):
+            at = rows[part]
+            self.total.index_copy_(0, at, self.total.index_select(0, at).add_(gradient[part]))
+        self.touched[rows] = True
+
+    def gather(self, rows: Tensor, out: Tensor) -> None:
+        """Copy rows as the device is to see them to ``out``, (U, d)."""
+        torch.index_select(self.shadow, 0, rows, out=out)
+
+    def catch_up(self, rows: Tensor | None = None) -> None:
+        """These rows, or all, have seen every step."""
+        if self.history is None:
+            return
+        rows = torch.arange(len(self.master)) if rows is None else rows
+        behind = rows[self.last[rows] < self.history.step]
+        if len(behind):
+            catch_up_(*self._tensors, behind, last=self.last, history=self.history, eps=self.eps)
+            self.show(behind)
+
+    def make_step(self, rule: Rule, group: Mapping[str, Any], verdict: Verdict) -> None:
+        """The optimizer step, or none where the verdict says so; sums are zero afterwards."""
+        rows = self.touched.nonzero().flatten()
+        if not verdict.skip:
+            clip_([self.total], verdict)
+            if self.steps == "lazy":
+                self._step_lazily(rows, group)
+            elif self.steps == "deferred" or (self.steps == "auto" and len(rows) <= MOSTLY * len(self.master)):
+                self._step_rows(rows, group)
+            else:
+                self._step_all(rule, group)
+        self.forget(rows)
+
+    def forget(self, rows: Tensor | None = None) -> None:
+        """Sums are zero again."""
+        rows = self.touched.nonzero().flatten() if rows is None else rows
+        self.total.index_fill_(0, rows, 0.0)
+        self.touched.zero_()
+
+    def show(self, rows: Tensor | None = None) -> None:
+        """What goes up is what the master says: in these rows, or in all."""
+        if not self.rounded:
+            return
+        if rows is None:
+            self.shadow.copy_(self.master)
+            return
+        for part in _row_chunks(len(rows), self.master.shape[1]):
+            at = rows[part]
+            self.shadow.index_copy_(0, at, self.master.index_select(0, at).to(self.shadow.dtype))
+
+    # State.
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the optimizer's state."""
+        history = (
+            None if self.history is None else {"betas": self.history.betas, "eps": self.eps, **self.history.state()}
+        )
+        return {"last": self.last.clone(), "history": history}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``state``."""
+        self.last.copy_(state["last"])
+        held = state["history"]
+        self.history = None
+        if held is not None:
+            self.history, self.eps = History((held["betas"][0], held["betas"][1])), held["eps"]
+            self.history.load(held)
+
+    # Stepping.
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.master, self.states["exp_avg"], self.states["exp_avg_sq"]
+
+    def _step_all(self, rule: Rule, group: Mapping[str, Any]) -> None:
+        self.catch_up()
+        states = {name: [tensor] for name, tensor in self.states.items()}
+        rule.step_([self.master], [self.total], states, [self.step], group)
+        if self.history is not None:
+            self._advance(group)
+            self.last.fill_(self.history.step)
+        self.show()
+
+    def _step_rows(self, rows: Tensor, group: Mapping[str, Any]) -> None:
+        if self.history is None:
+            done = int(self.step)  # by all rows: nobody missed them
+            self.history = History(_betas(group), done, torch.zeros(3, done + 1, dtype=torch.float64))
+            self.last.fill_(done)
+        self.eps = group["eps"]
+        deferred_(
+            *self._tensors,
+            rows,
+            self.total.index_select(0, rows),
+            last=self.last,
+            history=self.history,
+            lr=float(group["lr"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        self.step += 1
+        self._advance(group)
+        self.show(rows)
+
+    def _step_lazily(self, rows: Tensor, group: Mapping[str, Any]) -> None:
+        self.step += 1
+        grads = self.total.index_select(0, rows)
+        lazy_(
+            *self._tensors,
+            rows,
+            grads,
+            step=int(self.step),
+            lr=float(group["lr"]),
+            betas=_betas(group),
+            eps=group["eps"],
+        )
+        self.show(rows)
+
+    def _advance(self, group: Mapping[str, Any]) -> None:
+        assert self.history is not None
+        self.history.advance(lr=float(group["lr"]), weight_decay=group["weight_decay"])
+
+
+def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
+    beta1, beta2 = group["betas"]
+    return float(beta1), float(beta2)
+
+
+def _row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows of about ``CHUNK_NUMEL`` elements: gathered rows stay in cache."""
+    count = max(1, CHUNK_NUMEL // width)
+    for start in range(0, rows, count):
+        yield slice(start, min(start + count, rows))
