@@ -308,7 +308,7 @@ class Dry:
         """What lsp moves, and what full would have; what zo2 leaves unused."""
         driver = self.run.driver
         if isinstance(driver, ZerothDriver) and self.timing.kinds:
-            yield from tips(self.scenario, self.timing, self.device)
+            yield from tips(self.scenario, self.timing, self.device, driver.engine.streaming.host_bytes)
         if isinstance(driver, EngineDriver) and driver.engine.own is not None and self.timing.kinds:
             totals = {kind: total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d")}
             whole = sum(t.parameter.nbytes for t in driver.engine.own.trained) / totals["h2d", "deltas"]

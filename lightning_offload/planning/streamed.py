@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,19 @@ def bottleneck(scenario: Scenario, timing: Timing, counted: tuple[int, str]) -> 
     tokens, unit = counted
     fixed_s = timing.compute_s - timing.module_s  # noise and updates do not grow with tokens
     hides = tokens * max(timing.step_s - fixed_s, 0.0) / timing.module_s
-    moved = gigabytes(timing.lanes[lane].bytes)
+    moved = gigabytes(sum(timing.lanes[way].bytes for way in (("h2d", "d2h") if lane == "host" else (lane,))))
     return f"{NAMES[lane]}, {seconds(slow_s)} for {moved}; compute would hide it from about {round(hides):,} {unit}"
 
 
-def tips(scenario: Scenario, timing: Timing, device: Memory) -> Iterator[str]:
-    """What the device could do while it waits for the link, and what would shorten the wait."""
+def tips(scenario: Scenario, timing: Timing, device: Memory, streamed_bytes: int) -> Iterator[str]:
+    """What the device could do while it waits for the link, and what would shorten the wait.
+
+    Args:
+        scenario: What was planned.
+        timing: What came out.
+        device: What of it is taken.
+        streamed_bytes: Of the weights that come and go.
+    """
     settings = scenario.settings
     assert isinstance(settings, ZO2Settings)
     idle_s = timing.step_s - timing.compute_s
@@ -64,10 +72,11 @@ def tips(scenario: Scenario, timing: Timing, device: Memory) -> Iterator[str]:
     if more > 1 and settings.noise == "philox":
         text += f", or directions={settings.directions * more}"
     yield f"{text}; with micro_batches the parts of a larger batch share a visit of the weights, and its memory"
-    free_gib = 0.0 if device.limit_bytes is None else 0.95 * (device.limit_bytes - device.bytes) / GIB
-    if free_gib > 0.5:
-        streamed_gib = timing.lanes["h2d"].bytes / scenario.micro_batches / GIB
-        kept = "all of them" if streamed_gib < free_gib else f"{100 * free_gib / streamed_gib:.0f} % of them"
-        yield f"weights that stay do not cross the link: resident={min(free_gib, streamed_gib + 0.1):.1f} keeps {kept}"
+    free_gib = 0.0 if device.limit_bytes is None else 0.9 * (device.limit_bytes - device.bytes) / GIB
+    held_gib, streamed_gib = 0.0 if settings.resident == "auto" else settings.resident, streamed_bytes / GIB
+    if free_gib > 0.5 and isinstance(held_gib, int | float):
+        asked = math.floor(10 * (held_gib + min(free_gib, streamed_gib + 0.1))) / 10
+        kept = "all" if streamed_gib < free_gib else f"{100 * (asked - held_gib) / streamed_gib:.0f} %"
+        yield f"weights that stay do not cross the link: resident={asked:.1f} keeps {kept} of what does"
     if scenario.precision in ("32-true", "bf16-mixed"):
         yield "precision.wire=float16 halves what crosses the link, and host memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_offload.methods.meter import Meter
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
 from lightning_offload.parts import parts_of
-from lightning_offload.planning import plan
+from lightning_offload.planning import Plan, plan
 from lightning_offload.planning.methods import ZEROTH
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.precision import OffloadPrecision
@@ -178,6 +179,86 @@ def test_with_all_weights_on_the_device_nothing_is_waited_for() -> None:
     assert set(planned.lanes) == {"compute"}
     assert planned.step_s == pytest.approx(planned.bound_s)
     assert planned.host.bytes == 0
+
+
+def on_a_gpu(rows: int = 4, settings: dict[str, Any] | None = None, **rates: float) -> Plan:
+    """Of a model with 3.56 MB of weights in its blocks; operations take what their FLOPs and bytes take."""
+    make, batch = sized("opt", "16-true")
+    batch = {name: x[:1].expand(rows, -1) for name, x in batch.items()}
+    asked, machine = ZO2Settings(**(settings or {})), gpu(**{"op_us": 0.01, **rates})
+    return plan(make(), batch, method="zo2", precision="16-true", hardware=machine, settings=asked)
+
+
+def tips_of(planned: Plan) -> list[str]:
+    begin = ("the device computes", "weights that stay", "precision.wire")
+    return [note for note in planned.notes if note.startswith(begin)]
+
+
+def test_what_a_slow_link_is_called_and_how_many_tokens_hide_it() -> None:
+    link: dict[str, Any] = {"h2d_gb_per_s": 4.0, "d2h_gb_per_s": 5.0, "settings": {"slots": 4}}
+    said = re.fullmatch(
+        r"the link up, 0\.890 ms for 3\.56 MB; compute would hide it from about ([\d,]+) tokens",
+        on_a_gpu(**link).bottleneck,
+    )
+    assert said is not None
+    rows = int(said[1].replace(",", "")) / 96
+    assert on_a_gpu(int(0.9 * rows), **link).bottleneck.startswith("the link up")
+    assert on_a_gpu(int(1.5 * rows), **link).bottleneck == "the device's compute (100 % of the step)"
+
+
+def test_what_is_said_of_a_link_as_fast_as_compute_and_what_helps() -> None:
+    link = {"h2d_gb_per_s": 2.0, "d2h_gb_per_s": 2.0, "op_us": 5.0}
+    assert re.fullmatch(r"each unit's weights in turn, .* ms in all: pass more slots", on_a_gpu(**link).bottleneck)
+    assert on_a_gpu(settings={"slots": 4}, **link).bottleneck.startswith("the device's compute")
+
+
+def test_memory_that_is_not_page_locked_is_copied_by_the_host() -> None:
+    slow = on_a_gpu(settings={"pin_memory": False}, pageable_gb_per_s=0.1).bottleneck
+    assert slow.startswith("the host's worker, which copies what is not page-locked, 71.2 ms for 7.12 MB; ")
+
+
+def test_a_device_that_waits_gets_more_to_do() -> None:
+    link = {"h2d_gb_per_s": 2.0, "d2h_gb_per_s": 2.0}
+    one = on_a_gpu(settings={"slots": 4}, **link)
+    more, stay = tips_of(one)
+    said = re.fullmatch(
+        r"the device computes 8 % of a step: more tokens per step are free, or directions=(\d+); with micro_batches "
+        "the parts of a larger batch share a visit of the weights, and its memory",
+        more,
+    )
+    assert said is not None
+    assert stay == "weights that stay do not cross the link: resident=0.1 keeps all of what does"
+    many = on_a_gpu(settings={"slots": 4, "directions": int(said[1])}, **link)
+    assert many.step_s == pytest.approx(one.step_s)
+    assert "directions" not in tips_of(on_a_gpu(settings={"noise": "mezo"}, **link))[0]
+    followed = on_a_gpu(settings={"resident": 0.1}, **link)
+    assert set(followed.lanes) == {"compute"}
+    assert tips_of(followed) == []
+    assert tips_of(on_a_gpu(settings={"slots": 5}, **link))[1] == stay  # they cross it on their way down alone
+    assert len(tips_of(on_a_gpu(settings={"slots": 5, "resident": ["model.decoder.layers.0"]}, **link))) == 1
+
+
+def test_what_is_free_on_the_device_keeps_a_share_of_the_weights() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    width = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_attention_heads": 32}
+    with torch.device("meta"):
+        model = OPTForCausalLM(OPTConfig(num_hidden_layers=24, **width))
+    ids = torch.zeros(1, 64, dtype=torch.long)
+
+    def planned(resident: Any = "auto") -> Plan:
+        settings, machine = ZO2Settings(resident=resident), gpu(device_gib=2.5)
+        batch = {"input_ids": ids, "labels": ids}
+        return plan(model, batch, method="zo2", precision="16-true", hardware=machine, settings=settings)
+
+    for before in (planned(), planned(0.4)):
+        said = re.search(r"resident=([\d.]+) keeps (\d+) % of what does", "\n".join(tips_of(before)))
+        assert said is not None
+        after = planned(float(said[1]))
+        assert after.fits
+        assert after.device.bytes > 0.9 * after.device.limit_bytes
+        kept = 1 - after.lanes["h2d"].bytes / before.lanes["h2d"].bytes
+        assert kept == pytest.approx(int(said[2]) / 100, abs=0.06)  # whole blocks, and one decimal of GiB
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
