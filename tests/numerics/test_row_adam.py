@@ -109,7 +109,7 @@ def test_lazy_has_the_bits_of_sparse_adam() -> None:
 @pytest.mark.parametrize("betas", [BETAS, (0.95, 0.95), (0.0, 0.99)])
 @pytest.mark.parametrize(
     ("dtype", "eps", "bound"),
-    [(torch.float64, 1e-15, 1e-12), (torch.float64, 1e-8, 1e-10), (torch.float32, 1e-8, 1e-5)],
+    [(torch.float64, 1e-15, 1e-12), (torch.float64, 1e-8, 1e-7), (torch.float32, 1e-8, 1e-5)],
 )
 def test_deferred_is_dense_after_a_flush(
     dtype: torch.dtype, eps: float, bound: float, betas: tuple[float, float], weight_decay: float
@@ -121,9 +121,12 @@ def test_deferred_is_dense_after_a_flush(
     torch.testing.assert_close(ours.v, reference.v, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("scale", "bound"), [(1e-3, 1e-6), (1e-6, 1e-3), (1e-8, 1e-2), (1e-10, 2e-2)])
+@pytest.mark.parametrize(("scale", "bound"), [(1e-3, 5e-5), (1e-6, 1e-3), (1e-8, 1e-2), (1e-10, 2e-2)])
 def test_gradients_near_eps_do_not_throw_a_row_off(scale: float, bound: float) -> None:
-    """Measured: 1e-7, 2e-4, 4e-3, 8e-3; at 1e-3, 1e-6 and 1e-8 with ``eps`` left out 3e-4, 8e-2 and 4."""
+    """Measured, the worst of 12 seeds: 1e-5, 3e-4, 5e-3, 1e-2.
+
+    With ``eps`` left out 3e-4, 8e-2 and 4 at the first three.
+    """
     start, batches = 0.02 * torch.randn(200, 24).double(), stream((200, 24), dtype=torch.float64, scale=scale)
     ours, reference = trained("deferred", Table(start), batches), trained("dense", Table(start), batches)
     assert difference(ours, reference) < bound
@@ -166,9 +169,9 @@ def test_any_pattern_of_touches_and_fetches_is_dense(
     torch.testing.assert_close(ours.p, reference.p, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [(50, 7), (40, 16384)])
+@pytest.mark.parametrize("shape", [(50, 7), (400, 1001)])
 def test_every_row_in_every_step_has_the_bits_of_dense(shape: tuple[int, int]) -> None:
-    """Over several chunks, at a width that is no whole vector as well."""
+    """In one chunk and in several, at widths that are no whole vectors."""
     start, batches = torch.randn(shape), stream(shape, touched=1.1, steps=5)
     ours, reference = (Table(start, weight_decay=0.1) for _ in range(2))
     trained("deferred", ours, batches)
@@ -209,6 +212,17 @@ def test_what_is_caught_up_stays() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (table.p, table.m, table.v), strict=True))
 
 
+def test_a_row_stepped_before_the_history_advances_is_left_alone() -> None:
+    table = trained("deferred", Table(torch.randn(60, 16)), stream((60, 16), touched=0.5, steps=20))
+    state = {"last": table.last, "history": table.history}
+    rows = torch.arange(30)
+    deferred_(table.p, table.m, table.v, rows, torch.randn(30, 16), **state, lr=1e-3, eps=1e-8, weight_decay=0.0)
+    before = table.p.clone()
+    table.catch_up()
+    assert torch.equal(table.p, before)
+    assert table.last.tolist() == [21] * 30 + [20] * 30
+
+
 def test_only_the_rows_asked_for_are_caught_up() -> None:
     table = Table(torch.randn(60, 16))
     table.deferred(torch.arange(60), torch.randn(60, 16), 1e-3)
@@ -246,11 +260,14 @@ def test_a_resumed_training_has_the_same_bits() -> None:
         first.deferred(rows, grads, lr)
     second = Table(first.p, weight_decay=0.1)
     second.m, second.v, second.last = first.m.clone(), first.v.clone(), first.last.clone()
-    second.history.load(first.history.state())
-    first.history.advance(lr=1.0, weight_decay=0.0)  # what was saved is a copy
+    saved = first.history.state()
+    kept = saved["sums"].clone()
+    first.history.advance(lr=1.0, weight_decay=0.0)
+    second.history.load(saved)
     trained("deferred", second, batches[137:], RATES[137:])
     assert torch.equal(second.p, whole.p)
     assert torch.equal(second.last, whole.last)
+    assert torch.equal(saved["sums"], kept), "what was saved is a copy"
 
 
 def test_what_has_no_closed_form_is_refused() -> None:
