@@ -14,8 +14,8 @@ from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.lanes import Event, nbytes
 from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import load_state, weight_dtype
-from lightning_offload.methods.row_source import AdapterRows, Desk, LaneSource, Placement
-from lightning_offload.methods.row_tables import RowSteps, RowTable
+from lightning_offload.methods.row_source import STAY, AdapterRows, Desk, LaneSource, Placement
+from lightning_offload.methods.row_tables import Rows, RowSteps, RowTable
 from lightning_offload.methods.rules import Rule
 from lightning_offload.methods.sender import FactorsArrived, Sender
 from lightning_offload.methods.sparse_adapter import SparseAdapter
@@ -51,10 +51,10 @@ class RowOptimizer(Sender):
         self._row_optimizer: RowSteps = settings.row_optimizer if len(site.rule.states) == 2 else "dense"
         if self._row_optimizer == "auto" and not site.rule.decoupled:
             self._row_optimizer = "dense"
+        self._table: dict[str, RowTable] = {}
         at = {id(t.parameter): t for t in self.trained}
         self._homes = [self._make_home(a, at[id(a.keys)], at[id(a.values)]) for a in adapters if id(a.keys) in at]
-        self._home = {table.trained.name: home for home in self._homes for table in home.tables}
-        self._table = {table.trained.name: table for home in self._homes for table in home.tables}
+        self._home = {table.name: home for home in self._homes for table in home.tables}
         tables = list(self._table.values())
         self._desk = Desk(
             self._lanes,
@@ -89,7 +89,7 @@ class RowOptimizer(Sender):
         _check_groups([groups[t.group] for t in self.trained], self._row_optimizer)
         readers = []
         for home in self._homes:
-            taken = [table for table in home.tables if table.trained.name in self._added]
+            taken = [self._table[rows.name] for rows in home.tables if rows.name in self._added]
             if taken:
                 readers.append(self._step(home, taken, groups, verdict))
                 self._refresh(home, backward_done)
@@ -161,7 +161,7 @@ class RowOptimizer(Sender):
     def catch_up(self) -> None:
         """See ``Sender.catch_up``."""
         for home in self._homes:
-            behind = [table for table in home.tables if table.history is not None]
+            behind = [rows for rows in home.tables if self._table[rows.name].history is not None]
             if behind:
                 home.stepped = self._lanes.host(
                     partial(_catch_up, behind),
@@ -227,14 +227,10 @@ class RowOptimizer(Sender):
     # Buffers.
 
     def _make_home(self, adapter: SparseAdapter, keys: Trained, values: Trained) -> AdapterRows:
-        on_device = {"host": (False, False), "keys": (True, False), "device": (True, True)}[self._placement]
-        tables = self._make_table(keys, on_device[0]), self._make_table(values, on_device[1])
-        home = AdapterRows(adapter, *tables, keys.flight)
-        (home.flags,) = self._lanes.buffers(f"{keys.name}.used", [adapter.settings.width], torch.bool, "pinned")
-        home.keys_up, home.values_up = (
-            self._bring_to_stay(table) if stays else None for table, stays in zip(tables, on_device, strict=True)
-        )
-        return home
+        stays = STAY[self._placement]
+        tables = self._make_table(keys, stays[0]), self._make_table(values, stays[1])
+        self._table |= {table.name: table for table in tables}
+        return AdapterRows.on(self._lanes, adapter, *tables, keys.flight, self._placement)
 
     def _make_table(self, trained: Trained, stays: bool) -> RowTable:
         """What the device keeps is stepped whole: nobody fetches it, so nothing would catch it up."""
@@ -253,6 +249,7 @@ class RowOptimizer(Sender):
         shadow = make("shadow", shown, pinned=stays) if rounded else master
         lazy = self._row_optimizer == "lazy"
         table = RowTable(
+            name=name,
             trained=trained,
             master=master,
             states={state: make(state) for state in self._rule.states},
@@ -263,18 +260,10 @@ class RowOptimizer(Sender):
         table.show()
         return table
 
-    def _bring_to_stay(self, table: RowTable) -> Tensor:
-        (flat,) = self._lanes.buffers(
-            f"{table.trained.name}.resident.rows", [table.master.numel()], table.shadow.dtype, "device"
-        )
-        up = flat.view(table.master.shape)
-        self._lanes.wait_compute(self._lanes.copy([up], [table.shadow], "h2d", tag="rows that stay"))
-        return up
-
     # Down.
 
-    def _gradient(self, table: RowTable, rows: Tensor, gradient: Tensor) -> None:
-        name, home, lanes = table.trained.name, self._home[table.trained.name], self._lanes
+    def _gradient(self, table: Rows, rows: Tensor, gradient: Tensor) -> None:
+        name, home, lanes = table.name, self._home[table.name], self._lanes
         slot = self._desk.down.take(gradient.numel())
         landing = slot.buffer[: gradient.numel()].view(gradient.shape)
         free = [slot.free] if slot.free is not None else []
@@ -288,7 +277,7 @@ class RowOptimizer(Sender):
         )
         before = [event for event in (self._added.get(name), home.stepped) if event is not None]
         slot.free = self._added[name] = lanes.host(
-            partial(table.add, rows, landing),
+            partial(self._table[name].add, rows, landing),
             after=[landed, *before],
             priority=home.flight.order,
             tag="accumulate",
@@ -298,7 +287,7 @@ class RowOptimizer(Sender):
     # Stepping.
 
     def _step(self, home: AdapterRows, tables: list[RowTable], groups: Groups, verdict: Verdict) -> Event:
-        after = [self._added[table.trained.name] for table in tables] + home.before_host_work()
+        after = [self._added[table.name] for table in tables] + home.before_host_work()
         after += [verdict.host_ready] if verdict.host_ready is not None else []
 
         def step() -> None:
@@ -350,7 +339,7 @@ def _own_rows_again(adapters: Sequence[SparseAdapter]) -> None:
         adapter.source = None
 
 
-def _catch_up(tables: Sequence[RowTable]) -> None:
+def _catch_up(tables: Sequence[Rows]) -> None:
     for table in tables:
         table.catch_up()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_offload.memory.lanes import Event, Lanes, lane_context
 from lightning_offload.memory.slots import Loans, Slot, Staging
 from lightning_offload.methods.base import Flight
-from lightning_offload.methods.row_tables import RowTable
+from lightning_offload.methods.row_tables import Rows
 from lightning_offload.methods.sparse_adapter import Fetched, SparseAdapter
 from lightning_offload.numerics.adapter import Picks, places_of, route, select, union
 
@@ -30,7 +30,10 @@ TURNS = 2
 PUBLISHED_UNION = 0.259
 """Share of the rows that a micro-batch uses, where nothing is real: that of the paper's example (2 x 256 tokens)."""
 
-Told = Callable[[RowTable, Tensor, Tensor], None]
+STAY: dict[Placement, tuple[bool, bool]] = {"host": (False, False), "keys": (True, False), "device": (True, True)}
+"""Whether keys, and values, stay on the device."""
+
+Told = Callable[[Rows, Tensor, Tensor], None]
 """Told of the gradient rows of a table: their numbers on the host, and (U, d) on the device."""
 
 
@@ -52,8 +55,8 @@ class AdapterRows:
     """
 
     adapter: SparseAdapter
-    keys: RowTable
-    values: RowTable
+    keys: Rows
+    values: Rows
     flight: Flight
     keys_up: Tensor | None = None
     values_up: Tensor | None = None
@@ -62,13 +65,25 @@ class AdapterRows:
     stepped: Event | None = None
     refreshed: Event | None = None
 
+    @classmethod
+    def on(
+        cls, lanes: Lanes, adapter: SparseAdapter, keys: Rows, values: Rows, flight: Flight, placement: Placement
+    ) -> AdapterRows:
+        """With the buffers that a placement asks for, filled."""
+        home = cls(adapter, keys, values, flight)
+        (home.flags,) = lanes.buffers(f"{keys.name}.used", [adapter.settings.width], torch.bool, "pinned")
+        keys_stay, values_stay = STAY[placement]
+        home.keys_up = _bring_to_stay(lanes, keys) if keys_stay else None
+        home.values_up = _bring_to_stay(lanes, values) if values_stay else None
+        return home
+
     @property
-    def tables(self) -> tuple[RowTable, RowTable]:
+    def tables(self) -> tuple[Rows, Rows]:
         """Keys and values."""
         return self.keys, self.values
 
     @property
-    def fetched(self) -> list[RowTable]:
+    def fetched(self) -> list[Rows]:
         """What is not on the device."""
         return [t for t, up in ((self.keys, self.keys_up), (self.values, self.values_up)) if up is None]
 
@@ -329,13 +344,20 @@ class LaneSource:
             Picks(union_rows, places, call.experts),
         )
 
-    def _leaf(self, table: RowTable, shown: Tensor, rows: Tensor) -> Tensor:
+    def _leaf(self, table: Rows, shown: Tensor, rows: Tensor) -> Tensor:
         """What autograd gives the gradient of these rows to."""
         leaf = shown.detach().requires_grad_()
         leaf.register_post_accumulate_grad_hook(partial(self._gradient, table, rows))
         return leaf
 
-    def _gradient(self, table: RowTable, rows: Tensor, leaf: Tensor) -> None:
+    def _gradient(self, table: Rows, rows: Tensor, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
         self._told(table, rows, gradient)
+
+
+def _bring_to_stay(lanes: Lanes, table: Rows) -> Tensor:
+    (flat,) = lanes.buffers(f"{table.name}.resident.rows", [table.master.numel()], table.shadow.dtype, "device")
+    up = flat.view(table.master.shape)
+    lanes.wait_compute(lanes.copy([up], [table.shadow], "h2d", tag="rows that stay"))
+    return up

@@ -22,15 +22,51 @@ MOSTLY = 0.3
 
 
 @dataclass(eq=False, kw_only=True)
-class RowTable:
+class Rows:
     """A table of r rows; all tensors are (r, d).
 
     Attributes:
-        trained: The parameter; its ``data`` is ``master``.
-        master: fp32, the truth.
+        name: Of the parameter.
+        master: fp32, the truth; the parameter's ``data``.
+        shadow: What goes up: the master itself, or rounded to the dtype that the device computes in.
+    """
+
+    name: str
+    master: Tensor
+    shadow: Tensor
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the device is shown rounded rows."""
+        return self.shadow is not self.master
+
+    def gather(self, rows: Tensor, out: Tensor) -> None:
+        """Copy rows as the device is to see them to ``out``, (U, d)."""
+        torch.index_select(self.shadow, 0, rows, out=out)
+
+    def catch_up(self, rows: Tensor | None = None) -> None:
+        """These rows, or all, have seen every step."""
+
+    def show(self, rows: Tensor | None = None) -> None:
+        """What goes up is what the master says: in these rows, or in all."""
+        if not self.rounded:
+            return
+        if rows is None:
+            self.shadow.copy_(self.master)
+            return
+        for part in _row_chunks(len(rows), self.master.shape[1]):
+            at = rows[part]
+            self.shadow.index_copy_(0, at, self.master.index_select(0, at).to(self.shadow.dtype))
+
+
+@dataclass(eq=False, kw_only=True)
+class RowTable(Rows):
+    """Rows that are trained.
+
+    Attributes:
+        trained: The parameter.
         states: Optimizer state by torch's name.
         total: fp32 sum of the gradients since the last step; zero outside ``touched``.
-        shadow: What goes up: the master itself, or rounded to the dtype that the device computes in.
         steps: How rows are stepped.
         step: The table's own step count, fp32 scalar.
         touched: Rows with a gradient since the last step, (r,) bool.
@@ -40,10 +76,8 @@ class RowTable:
     """
 
     trained: Trained
-    master: Tensor
     states: dict[str, Tensor]
     total: Tensor
-    shadow: Tensor
     steps: RowSteps
     step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     touched: Tensor = field(init=False)
@@ -68,16 +102,6 @@ class RowTable:
         states = 8 + 8 + 8 * len(self.states)
         return states + CAST_BYTES if self.rounded else states
 
-    @property
-    def rounded(self) -> bool:
-        """Whether the device is shown rounded rows."""
-        return self.shadow is not self.master
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether rows may have missed steps."""
-        return self.history is not None and bool((self.last < self.history.step).any())
-
     def add(self, rows: Tensor, gradient: Tensor) -> None:
         """Add the gradient rows, (U, d), that are not zero."""
         present = gradient.any(1)
@@ -88,12 +112,8 @@ class RowTable:
             self.total.index_copy_(0, at, self.total.index_select(0, at).add_(gradient[part]))
         self.touched[rows] = True
 
-    def gather(self, rows: Tensor, out: Tensor) -> None:
-        """Copy rows as the device is to see them to ``out``, (U, d)."""
-        torch.index_select(self.shadow, 0, rows, out=out)
-
     def catch_up(self, rows: Tensor | None = None) -> None:
-        """These rows, or all, have seen every step."""
+        """See ``Rows.catch_up``."""
         if self.history is None:
             return
         rows = torch.arange(len(self.master)) if rows is None else rows
@@ -120,17 +140,6 @@ class RowTable:
         rows = self.touched.nonzero().flatten() if rows is None else rows
         self.total.index_fill_(0, rows, 0.0)
         self.touched.zero_()
-
-    def show(self, rows: Tensor | None = None) -> None:
-        """What goes up is what the master says: in these rows, or in all."""
-        if not self.rounded:
-            return
-        if rows is None:
-            self.shadow.copy_(self.master)
-            return
-        for part in _row_chunks(len(rows), self.master.shape[1]):
-            at = rows[part]
-            self.shadow.index_copy_(0, at, self.master.index_select(0, at).to(self.shadow.dtype))
 
     # State.
 
