@@ -173,15 +173,14 @@ class SparseAdapter(nn.Module):
                 f"The input of {self.path!r} is {tuple(x.shape)}, but its adapter was made for a last size of "
                 f"{self.keys.shape[1]}; this is no feed-forward network of the blocks: name another with targets="
             )
-        tokens = x.reshape(-1, x.shape[-1])
-        mark = tokens.detach().sum(0)
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        mark = tokens.sum(0)
         known = self._known(mark) if torch._C._current_graph_task_id() != -1 else None
         padding = self.forwards.padding(x) if known is None else known.padding
-        if padding is not None:
-            tokens = tokens.index_select(0, padding.kept)
         if known is None:
-            (self.source or self).start(tokens.detach(), None if padding is None else padding.padded)
-        self._call = _Call(tokens, mark, padding, known)
+            real, padded = (tokens, None) if padding is None else (tokens[padding.kept], padding.padded)
+            (self.source or self).start(real, padded)
+        self._call = _Call(x, mark, padding, known)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call, self._call = self._call, None
@@ -195,7 +194,9 @@ class SparseAdapter(nn.Module):
         return with_output(output, of_ffn + y.view(of_ffn.shape).to(of_ffn.dtype))
 
     def _output(self, call: _Call, rows: Fetched) -> Tensor:
-        s, x = self.settings, call.tokens
+        s, x = self.settings, call.x.reshape(-1, call.x.shape[-1])
+        if call.padding is not None:
+            x = x.index_select(0, call.padding.kept)
         keys, values = rows.keys.to(x.dtype), rows.values.to(x.dtype)
         y = adapter(x, keys, values, self.router, rows.picks, width=s.width, gate=s.gate, scope=s.scope)
         if call.padding is None:
@@ -243,9 +244,9 @@ class _Selection:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A call of the FFN that goes on: its tokens but for padding, and its selection if it is computed again."""
+    """A call of the FFN that goes on; ``known`` if it is computed again."""
 
-    tokens: Tensor
+    x: Tensor
     mark: Tensor
     padding: Padding | None
     known: _Selection | None
