@@ -97,10 +97,23 @@ Named = tuple[str, nn.Module]
 
 def _blocks(model: nn.Module, wanted: list[Named] | None) -> list[Named]:
     """The repeated blocks; where none holds what is wanted, that is a block of its own each."""
-    blocks = [(unit.name, unit.module) for unit in partition(model) if unit.is_block]
+    found = {unit.name: unit.module for unit in partition(model) if unit.is_block}
+    found |= _other_blocks(model, {id(module) for block in found.values() for module in block.modules()})
+    blocks = [(name, module) for name, module in model.named_modules() if name in found]
     if wanted and not any(_inside(block, wanted) for _, block in blocks):
         return wanted
     return blocks
+
+
+def _other_blocks(model: nn.Module, inside: set[int]) -> dict[str, nn.Module]:
+    """Children of other lists that hold networks: of two lists (encoder, decoder) discovery may take the larger."""
+    others: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not inside & {id(part) for part in module.modules()}:
+            blocks = {f"{path}.{name}": child for name, child in module.named_children() if _in_block(child, name)}
+            inside |= {id(part) for block in blocks.values() for part in block.modules()}
+            others |= blocks
+    return others
 
 
 def _chosen(layers: Layers, count: int) -> list[int]:

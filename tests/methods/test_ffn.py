@@ -57,10 +57,30 @@ def test_a_pair_inside_a_network_is_left_alone() -> None:
     assert ffn.entry is ffn.exit is ffn.holder
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus"])
 def test_encoders_and_decoders(name: str) -> None:
-    paths = [ffn.path for ffn in find_ffns(family(name))]
-    assert sum("encoder" in path for path in paths) == sum("decoder" in path for path in paths) == LAYERS
+    ffns = find_ffns(family(name))
+    assert ["encoder" in ffn.path for ffn in ffns] == [True] * LAYERS + [False] * LAYERS
+    assert [ffn.block for ffn in ffns] == list(range(2 * LAYERS))
+
+
+def test_stages_around_blocks_are_no_blocks() -> None:
+    class Stage(nn.Module):
+        _no_split_modules = ("Block",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = nn.ModuleDict({"stages": nn.ModuleList([Stage(), Stage()])})
+    assert [ffn.block_path for ffn in find_ffns(model, targets="net")] == [
+        f"stages.{stage}.blocks.{block}" for stage in range(2) for block in range(2)
+    ]
 
 
 def test_a_block_that_runs_often_has_one() -> None:
