@@ -9,11 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_offload.callbacks import OffloadStats, OffloadSummary
-from lightning_offload.method_mixins import LSPMixin, ZO2Mixin
+from lightning_offload.method_mixins import LSPMixin, MEFTMixin, ZO2Mixin
 from lightning_offload.mixins import OffloadMixin
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.registry import register
-from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy
+from lightning_offload.strategies import (
+    FullOffloadStrategy,
+    LSPOffloadStrategy,
+    MEFTOffloadStrategy,
+    ZO2OffloadStrategy,
+)
 from lightning_offload.tracing import OffloadTimeline
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ __all__ = [
     "FullOffloadStrategy",
     "LSPMixin",
     "LSPOffloadStrategy",
+    "MEFTMixin",
+    "MEFTOffloadStrategy",
     "OffloadMixin",
     "OffloadPrecision",
     "OffloadStats",

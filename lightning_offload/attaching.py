@@ -132,23 +132,19 @@ def placement(engine: Engine) -> str:
     """Where the parameters are trained, in a sentence."""
     assert engine.own is not None
     own, parameters = engine.own.trained, sum(unit.numel for unit in engine.units)
+    least = engine.method.settings.min_numel
+    small = [t for t in engine.resident.trained if t.parameter.numel() < least]
     rest = {
         "on the common path in host memory": _numel(engine.host.trained),
-        f"on the device (smaller than min_numel={engine.method.settings.min_numel:,})": _numel(engine.resident.trained),
+        f"on the device (smaller than min_numel={least:,})": _numel(small),
+        "on the device": _numel([t for t in engine.resident.trained if t not in small]),
         "frozen": parameters - _numel(engine.trained),
     }
     others = ", ".join(f"{count:,} {where}" for where, count in rest.items() if count)
     return (
-        f"projects {len(own)} linear weights to {dims(engine, own)}: {_numel(own):,} of {parameters:,} parameters "
-        f"({_numel(own) / parameters:.0%}); the others: {others or 'none'}"
+        f"{engine.own.describe()}: {_numel(own):,} of {parameters:,} parameters ({_numel(own) / parameters:.0%}); the "
+        f"others: {others or 'none'}"
     )
-
-
-def dims(engine: Engine, trained: list[Trained]) -> str:
-    """The subspaces' size in words."""
-    dim_of: Any = getattr(engine.method.settings, "dim_of", None)
-    found = sorted({dim_of(*t.parameter.shape) for t in trained})
-    return f"dim {found[0]}" if len(found) == 1 else f"dim {found[0]} to {found[-1]}"
 
 
 def _numel(trained: list[Trained]) -> int:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -17,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_offload.attaching import make_lanes
@@ -145,6 +146,24 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
         """Bring buffers and metrics to the device; the engine has brought each weight by itself."""
         assert self.model is not None
         self.model.to(self.root_device)
+
+    def _convert_buffers(self) -> None:
+        """Where weights are kept as they were put."""
+        assert self.model is not None
+        self.precision_plugin.convert_buffers(self.model)
+
+    def _buffers_to_device(self) -> None:
+        """Buffers and metrics alone, where weights are to stay where they were put."""
+        assert self.model is not None
+        device = self.root_device
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor if isinstance(tensor, nn.Parameter) else tensor.to(device)
+
+        self.model._apply(move)
+        for module in self.model.modules():
+            if isinstance(module, _DeviceDtypeModuleMixin):
+                module._device = device
 
     def _method(self) -> AnyMethod:
         """The method with the settings asked for."""

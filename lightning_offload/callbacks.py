@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_offload.attaching import dims
 from lightning_offload.attachment import Attachment
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import GIB
@@ -164,7 +163,8 @@ def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
     host = [t for t in engine.host.trained if t.unit is unit]
     resident = [t for t in engine.resident.trained if t.unit is unit]
     own = [t for t in engine.own.trained if t.unit is unit] if engine.own is not None else []
-    groups = {f"projected ({dims(engine, own)})" if own else "": own, "host": host, "device": resident}
+    label = engine.own.label(own) if engine.own is not None and own else ""
+    groups = {label: own, "host": host, "device": resident}
     parts = [(label, sum(t.parameter.numel() for t in group)) for label, group in groups.items()]
     frozen = unit.numel - sum(count for _, count in parts)
     where = " + ".join(f"{label} {count:,}" for label, count in [*parts, ("frozen", frozen)] if count)

@@ -10,7 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_offload.attachment import Attachment, GradientAttachment
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.meft_behaviour import put_adapters_on
 from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.meft import MEFT, MEFTSettings
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
 from lightning_offload.mixins import OffloadMixin
@@ -19,7 +21,7 @@ from lightning_offload.zeroth_attachment import ZerothAttachment
 
 
 class MethodMixin(OffloadMixin):
-    """What `LSPMixin` and `ZO2Mixin` share."""
+    """What `LSPMixin`, `MEFTMixin` and `ZO2Mixin` share."""
 
     offload_method: ClassVar[str]
     _settings_type: ClassVar[type[CommonSettings]]
@@ -85,6 +87,39 @@ class LSPMixin(MethodMixin):
     def offload_own_method(self) -> LSP:
         """See ``MethodMixin``."""
         return LSP(LSPSettings(**self.method_settings))
+
+
+class MEFTMixin(MethodMixin):
+    """``OffloadMixin`` for modules that are trained by method ``meft``: adapters beside a frozen backbone.
+
+    ::
+
+        class LitModel(MEFTMixin, L.LightningModule):
+            offload = dict(width=2048, accumulate_grad_batches=4)
+
+    Adapters are attached before ``configure_optimizers``, by the strategy or, under a plain strategy of one device,
+    by the module, which then brings its own engine with the same numbers. Checkpoints of one continue in the other.
+    Those who override ``configure_callbacks`` must add what ``super()`` returns.
+
+    Attributes:
+        offload: Settings of the step and of ``MEFTSettings`` by name.
+    """
+
+    offload_method = MEFT.name
+    _settings_type = MEFTSettings
+    _attachment_type = GradientAttachment
+    _of_method = frozenset(field.name for field in fields(MEFTSettings))
+
+    def offload_own_method(self) -> MEFT:
+        """See ``MethodMixin``."""
+        return MEFT(MEFTSettings(**self.method_settings))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """See ``MethodMixin``: adapters are there before anything is loaded into them."""
+        made = super().configure_callbacks()
+        if made:
+            put_adapters_on(type(self).__name__, self._module, MEFTSettings(**self.method_settings))
+        return made
 
 
 class ZO2Mixin(MethodMixin):

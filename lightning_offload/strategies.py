@@ -21,9 +21,11 @@ from typing_extensions import override
 
 from lightning_offload.behaviour import AnyEngine, OffloadBehaviour
 from lightning_offload.gradient_behaviour import GradientBehaviour
+from lightning_offload.meft_behaviour import MEFTBehaviour
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2Settings
@@ -419,4 +421,117 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         )
 
 
-STRATEGIES: tuple[type[OneDevice[Any]], ...] = (FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy)
+class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
+    """A very wide sparse adapter beside each feed-forward network, whose rows and their AdamW live in host memory.
+
+    The LightningModule stays as it is, with ``torch.optim.AdamW``; its own weights are frozen. Of the rows only those
+    that a micro-batch uses come up, and only their gradients go down. Source: MEFT (arXiv 2406.04984).
+
+    Args:
+        width: Rows (keys and values) per layer.
+        experts: Groups of rows that a router chooses from; ``"auto"`` is about ``4 sqrt(width)``.
+        active_experts: Experts per token.
+        top_k: Rows per token.
+        variant: ``"repro"`` (the released code) or ``"paper"`` (Algorithm 1).
+        gate: ``"logit"`` or ``"none"``; ``None`` is the variant's.
+        scope: ``"token"`` or ``"union"``; ``None`` is the variant's.
+        placement: What of the rows stays on the device too: ``"host"`` (nothing), ``"keys"``, ``"device"`` (all), or
+            ``"auto"``: keys while they fit.
+        row_optimizer: ``"dense"``, ``"deferred"`` (the same, paid when a row is touched), ``"lazy"`` (SparseAdam) or
+            ``"auto"``.
+        layers: ``"all"``, or indices of blocks.
+        targets: Feed-forward networks by name or regular expression, where they are not found.
+        router_init: ``"keys"`` or ``"normal"``.
+        seed: Of the initial keys; ``None`` is torch's initial seed.
+        adapter_only: Keep the adapters alone in checkpoints.
+        accumulate: Where micro-batches of the routers accumulate; those of rows do so on the host.
+        min_numel: Has no effect on rows and routers.
+        blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
+        pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
+        host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
+        skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
+        max_skips: Skipped steps in a row that are put up with; one more is an error.
+        on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
+        max_device_gib: Device memory to stay within, CUDA's own part included, as if the device had no more.
+        max_host_gib: Host memory that the arenas stay within, as if the machine had no more.
+        accelerator: As for every Lightning strategy.
+        checkpoint_io: As for every Lightning strategy; the default streams to disk.
+        precision_plugin: An ``OffloadPrecision``, to choose dtypes one by one.
+
+    Raises:
+        ValueError: A setting that cannot work.
+    """
+
+    strategy_name: ClassVar[str] = "meft_offload"  # type: ignore[misc]  # as above
+    settings_type = MEFTSettings
+
+    def __init__(
+        self,
+        *,
+        width: int = 1024,
+        experts: int | Literal["auto"] = "auto",
+        active_experts: int = 8,
+        top_k: int = 64,
+        variant: Literal["repro", "paper"] = "repro",
+        gate: Literal["logit", "none"] | None = None,
+        scope: Literal["token", "union"] | None = None,
+        placement: Literal["auto", "host", "keys", "device"] = "auto",
+        row_optimizer: Literal["auto", "dense", "deferred", "lazy"] = "auto",
+        layers: Literal["all"] | Sequence[int] = "all",
+        targets: str | Sequence[str] | None = None,
+        router_init: Literal["keys", "normal"] = "keys",
+        seed: int | None = None,
+        accumulate: Literal["auto", "device", "host"] = "auto",
+        min_numel: int = 4096,
+        blocks: Sequence[str | type[nn.Module]] | None = None,
+        pin_memory: bool | Literal["auto"] = "auto",
+        host_threads: int | Literal["auto"] = "auto",
+        skip_nonfinite: bool = True,
+        max_skips: int = 10,
+        on_misfit: Literal["error", "warn"] = "error",
+        max_device_gib: float | None = None,
+        max_host_gib: float | None = None,
+        adapter_only: bool = False,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        self.adapter_only = adapter_only
+        super().__init__(
+            {
+                "width": width,
+                "experts": experts,
+                "active_experts": active_experts,
+                "top_k": top_k,
+                "variant": variant,
+                "gate": gate,
+                "scope": scope,
+                "placement": placement,
+                "row_optimizer": row_optimizer,
+                "layers": layers,
+                "targets": targets,
+                "router_init": router_init,
+                "seed": seed,
+                "accumulate": accumulate,
+                "min_numel": min_numel,
+                "blocks": blocks,
+                "pin_memory": pin_memory,
+                "host_threads": host_threads,
+                "skip_nonfinite": skip_nonfinite,
+                "max_skips": max_skips,
+                "on_misfit": on_misfit,
+                "max_device_gib": max_device_gib,
+                "max_host_gib": max_host_gib,
+            },
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+
+
+STRATEGIES: tuple[type[OneDevice[Any]], ...] = (
+    FullOffloadStrategy,
+    LSPOffloadStrategy,
+    ZO2OffloadStrategy,
+    MEFTOffloadStrategy,
+)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -98,23 +97,13 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
 
     @override
     def _convert(self) -> None:
-        """Buffers alone: weights are kept as the engine keeps them."""
-        assert self.model is not None
-        self.precision_plugin.convert_buffers(self.model)
+        """Weights are kept as the engine keeps them."""
+        self._convert_buffers()
 
     @override
     def model_to_device(self) -> None:
-        """Buffers and metrics alone: a weight at rest is where its berth is."""
-        assert self.model is not None
-        device = self.root_device
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor if isinstance(tensor, nn.Parameter) else tensor.to(device)
-
-        self.model._apply(move)
-        for module in self.model.modules():
-            if isinstance(module, _DeviceDtypeModuleMixin):
-                module._device = device
+        """A weight at rest is where its berth is."""
+        self._buffers_to_device()
 
     # Stepping.
 

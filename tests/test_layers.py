@@ -55,10 +55,13 @@ RULES = {
     "zeroth_behaviour": May("memory methods windows behaviour zeroth_attaching", "torch lightning typing_extensions"),
     "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
-    "strategies": May("behaviour gradient_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"),
+    "meft_behaviour": May("memory methods windows attaching gradient_behaviour", "torch lightning typing_extensions"),
+    "strategies": May(
+        "behaviour gradient_behaviour meft_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"
+    ),
     "registry": May("strategies", "lightning"),
     "mixins": May("gradient_behaviour zeroth_behaviour attachment zeroth_attachment methods", "torch lightning"),
-    "method_mixins": May("behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
+    "method_mixins": May("meft_behaviour behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
     "callbacks": May("behaviour attaching attachment memory methods", "torch lightning typing_extensions"),
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),

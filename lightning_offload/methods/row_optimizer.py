@@ -92,7 +92,7 @@ class RowOptimizer(Sender):
             taken = [self._table[rows.name] for rows in home.tables if rows.name in self._added]
             if taken:
                 readers.append(self._step(home, taken, groups, verdict))
-                self._refresh(home, backward_done)
+                home.refresh(self._lanes)
         self._added = {}
         return readers
 
@@ -107,7 +107,7 @@ class RowOptimizer(Sender):
         for home in self._homes:
             for table in home.tables:
                 table.show()
-            self._refresh(home, self._lanes.compute())
+            home.refresh(self._lanes)
             home.flight.land()
         self._lanes.synchronize()
 
@@ -181,6 +181,19 @@ class RowOptimizer(Sender):
         for table in self._table.values():
             table.touched.fill_(True)
             table.make_step(self._rule, groups[table.trained.group], verdict)
+
+    def describe(self) -> str:
+        """See ``Sender.describe``."""
+        settings = self._homes[0].adapter.settings
+        up = {"host": "", "keys": ", keys on the device too", "device": ", and on the device"}[self._placement]
+        return (
+            f"trains {len(self._homes)} adapters of {settings.width:,} rows, {settings.top_k:,} of them per token from "
+            f"{settings.active_experts} of {settings.experts} experts, in host memory{up}"
+        )
+
+    def label(self, trained: Sequence[Trained]) -> str:
+        """See ``Sender.label``."""
+        return f"rows ({self._placement})"
 
     @property
     def holdings(self) -> dict[str, int]:
@@ -302,22 +315,6 @@ class RowOptimizer(Sender):
             traffic_bytes=sum(table.master.numel() * table.step_bytes for table in tables),
         )
         return home.stepped
-
-    def _refresh(self, home: AdapterRows, backward_done: Event) -> None:
-        """What stays on the device, after it has changed."""
-        stay = [(up, t) for up, t in ((home.keys_up, home.keys), (home.values_up, home.values)) if up is not None]
-        if not stay:
-            return
-        after = [event for event in (home.stepped, backward_done) if event is not None]
-        arrived = home.refreshed = self._lanes.copy(
-            [up for up, _ in stay],
-            [table.shadow for _, table in stay],
-            "h2d",
-            after=after,
-            priority=home.flight.order,
-            tag="rows that stay",
-        )
-        home.flight.launch(lambda: self._lanes.wait_compute(arrived))
 
 
 def _check_groups(groups: Sequence[Mapping[str, Any]], steps: RowSteps) -> None:

@@ -87,6 +87,22 @@ class AdapterRows:
         """What is not on the device."""
         return [t for t, up in ((self.keys, self.keys_up), (self.values, self.values_up)) if up is None]
 
+    def refresh(self, lanes: Lanes) -> None:
+        """What stays on the device, after it has changed on the host; compute sees it from the unit's next call on."""
+        stay = [(up, rows) for up, rows in ((self.keys_up, self.keys), (self.values_up, self.values)) if up is not None]
+        if not stay:
+            return
+        stepped = [self.stepped] if self.stepped is not None else []
+        arrived = self.refreshed = lanes.copy(
+            [up for up, _ in stay],
+            [rows.shadow for _, rows in stay],
+            "h2d",
+            after=[*stepped, lanes.compute()],  # compute still reads the old ones
+            priority=self.flight.order,
+            tag="rows that stay",
+        )
+        self.flight.launch(lambda: lanes.wait_compute(arrived))
+
     def before_host_work(self) -> list[Event]:
         """After these the tables may be read, and rows caught up."""
         return [event for event in (self.chosen, self.stepped, self.refreshed) if event is not None]

@@ -17,8 +17,11 @@ from lightning_offload.numerics.row_adam import History, catch_up_, deferred_, l
 
 RowSteps = Literal["auto", "dense", "deferred", "lazy"]
 
-MOSTLY = 0.3
-"""Touched share of a table from which on stepping all of it is cheaper than gathering rows (``auto``)."""
+MOSTLY = 0.1
+"""Touched share of a table from which on stepping all of it is cheaper than gathering rows (``auto``).
+
+With a gap to catch up, torch's operations step 1,600 of 6,144 rows of 4,096 in 2.8 times the time of the whole table.
+"""
 
 
 @dataclass(eq=False, kw_only=True)

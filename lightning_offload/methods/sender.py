@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -95,6 +95,14 @@ class Sender(ABC):
     def step_all(self, groups: Groups, verdict: Verdict) -> None:
         """The host work of one step without any copy, for measuring it."""
 
+    def describe(self) -> str:
+        """What it trains, and how, in words."""
+        return f"trains {len(self.trained)} weights"
+
+    def label(self, trained: Sequence[Trained]) -> str:
+        """What a table calls these of its parameters."""
+        return "host"
+
     @property
     @abstractmethod
     def holdings(self) -> dict[str, int]:
@@ -141,4 +149,3 @@ class Sender(ABC):
         Raises:
             CheckpointError: They do not fit the settings of this run.
         """
-

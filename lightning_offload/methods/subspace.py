@@ -127,6 +127,18 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     # Beside the protocol.
 
+    def describe(self) -> str:
+        """See ``Sender.describe``."""
+        return f"projects {len(self.trained)} linear weights to {self._dims(self.trained)}"
+
+    def label(self, trained: Sequence[Trained]) -> str:
+        """See ``Sender.label``."""
+        return f"projected ({self._dims(trained)})"
+
+    def _dims(self, trained: Sequence[Trained]) -> str:
+        found = sorted({self._settings.dim_of(*t.parameter.shape) for t in trained})
+        return f"dim {found[0]}" if len(found) == 1 else f"dim {found[0]} to {found[-1]}"
+
     @property
     def holdings(self) -> dict[str, int]:
         """Bytes in host memory by what they hold."""

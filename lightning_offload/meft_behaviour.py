@@ -1,0 +1,182 @@
+"""What the `meft` strategy does beside with Lightning's hooks: adapters come before optimizers, rows stay at home."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_offload.attaching import machine_for
+from lightning_offload.gradient_behaviour import GradientBehaviour
+from lightning_offload.memory.blocks import partition
+from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of
+from lightning_offload.methods.method import Method
+from lightning_offload.methods.row_forwards import RowForwards
+from lightning_offload.methods.sparse_adapter import SparseAdapter, attach_parameters
+from lightning_offload.windows import writes_while_evaluating
+
+ADAPTER = ".meft."
+"""In the name of every parameter of an adapter."""
+
+
+class MEFTBehaviour(GradientBehaviour):
+    """See the module docstring.
+
+    Attributes:
+        adapter_only: Whether checkpoints hold the adapters alone, and are loaded into a model that has its weights.
+    """
+
+    settings_type: ClassVar[type[MEFTSettings]] = MEFTSettings
+    settings: MEFTSettings
+    adapter_only = False
+    _forwards: RowForwards | None = None
+    _written_outside = False
+
+    @override
+    def _method(self) -> Method:
+        return MEFT(self.settings)
+
+    @override
+    def _claims_anything(self, method: Method) -> bool:
+        """No adapters are an error of the method."""
+        return True
+
+    # Setting up.
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._close_forwards()
+        super().setup(trainer)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        adapters = put_adapters_on(self.strategy_name, module, self.settings)
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            add_missing(self.strategy_name, optimizer, module, adapters)
+
+    @override
+    def _prepare_forwards(self, trainer: Trainer) -> None:
+        module, settings = self.lightning_module, self.settings
+        assert module is not None
+        if not adapters_of(module):
+            return
+        method, dtypes = MEFT(settings), self.precision_plugin.dtypes(self._method())
+        units, machine = partition(module, settings.blocks), machine_for(module, settings, self.root_device)
+        method.resolve(module, units, machine, dtypes, accumulates=False)
+        self._forwards = RowForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)
+        self._written_outside = writes_while_evaluating(trainer, module)
+
+    @override
+    def _convert(self) -> None:
+        """Weights are kept as the engine keeps them."""
+        if self.engine is not None or self._forwards is not None:
+            self._convert_buffers()
+        else:
+            super()._convert()
+
+    @override
+    def model_to_device(self) -> None:
+        """Rows stay in host memory."""
+        if self.engine is not None or self._forwards is not None:
+            self._buffers_to_device()
+        else:
+            super().model_to_device()
+
+    # Evaluating: hooks before a batch may have written weights of which the device has copies.
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        return super().predict_step(*args, **kwargs)
+
+    def _look_again(self) -> None:
+        if self._forwards is not None:
+            if self._written_outside:
+                self._forwards.adopt()
+        elif self.engine is not None and self._window.may_write and not self.engine.closed:
+            self.engine.adopt()
+
+    @override
+    def teardown(self) -> None:
+        self._close_forwards()
+        super().teardown()
+
+    def _close_forwards(self) -> None:
+        if self._forwards is not None:
+            self._forwards.detach()
+        self._forwards = None
+
+    # State.
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        return {name: value for name, value in state.items() if not self.adapter_only or ADAPTER in name}
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        state = checkpoint["state_dict"]
+        has_rows = any(ADAPTER in name for name in state)
+        if has_rows or module.trainer.state.fn == TrainerFn.FITTING:
+            self._settle_settings(module)
+            put_adapters_on(self.strategy_name, module, self.settings)
+        if has_rows and all(ADAPTER in name for name in state):  # the backbone is what the module came with
+            backbone = {name: value for name, value in module.state_dict().items() if ADAPTER not in name}
+            checkpoint = {**checkpoint, "state_dict": {**backbone, **state}}
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_forwards": None}
+
+
+def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -> list[SparseAdapter]:
+    """The module's adapters, made where there are none; the first time it is said what is frozen.
+
+    Args:
+        who: Named before what is said.
+        module: To be trained.
+        settings: Of the method.
+    """
+    before = adapters_of(module)
+    asked = settings.of_adapters()
+    if before and settings.seed is None:
+        asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now
+    adapters = attach_parameters(module, **asked)
+    if not before:
+        frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+        rank_zero_info(f"{who}: freezes the backbone ({frozen:,} parameters) and trains adapters beside it")
+    return adapters
+
+
+def add_missing(who: str, optimizer: Optimizer, module: LightningModule, adapters: list[SparseAdapter]) -> None:
+    """Put parameters of adapters that ``configure_optimizers`` left out into the first group, and say so."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for adapter in adapters for p in adapter.parameters()}
+    missing = [(n, p) for n, p in module.named_parameters() if id(p) in own and id(p) not in known]
+    if missing:
+        optimizer.param_groups[0]["params"] += [parameter for _, parameter in missing]
+        rank_zero_info(
+            f"{who}: `configure_optimizers` left {len(missing)} parameters of adapters out ({missing[0][0]}, ...): "
+            "they join its first group"
+        )
