@@ -433,3 +433,17 @@ def test_inside_a_lightning_module_and_peft() -> None:
         assert [len(picks.places) for _, picks in seen] == [15] * len(adapters)
         assert all(grad is not None for grad in gradients(adapters))
         assert not any(p.grad is not None for n, p in around.named_parameters() if ".meft." not in n)
+
+
+def test_an_error_in_a_forward_leaves_nothing_behind() -> None:
+    model, _, adapters = build("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(**padded("llama"))
+    mlp.forward = forward
+    copy.deepcopy(model)  # what the call held belongs to a graph, and could not be copied
+    with recorded(adapters) as seen, torch.no_grad():
+        model(input_ids=padded("llama")["input_ids"])
+    assert {len(picks.places) for _, picks in seen} == {24}
