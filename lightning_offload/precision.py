@@ -109,6 +109,10 @@ class OffloadPrecision(Precision):
         name: Any = plugin.precision
         return cls(name)
 
+    def under(self, precision: PrecisionName) -> OffloadPrecision:
+        """The same wishes with another precision."""
+        return OffloadPrecision(precision, rounding=self._rounding, **self._asked)
+
     def dtypes(self, method: AnyMethod) -> DTypes:
         """The dtypes for one method.
 

@@ -22,6 +22,7 @@ from tests.planning.machines import RATES
 
 SHAPE = "model_type: llama, vocab_size: 512, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2"
 MODEL = ["model=by_shape", f"model.config={{{SHAPE}, num_attention_heads: 2}}"]
+NAMES = ("nearest", "stochastic")
 SMALL = [*MODEL, "hardware=rtx4090", "data.batch_size=4", "data.sequence_length=32"]
 
 
@@ -70,6 +71,45 @@ def test_a_plan_is_printed_written_and_drawn(run, capsys) -> None:
     assert imread("out/plan.png").std() > 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("fits", "zero-offload", "device memory", "out/plan.json"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "factor"),
+    [
+        ("32-true", "wire=float16", 0.5),
+        ("bf16-mixed", "wire=bfloat16", 0.5),
+        ("bf16-true", "master=float32", 2.0),
+        ("bf16-true", "rounding=nearest", 1.0),
+    ],
+)
+def test_a_plan_of_zo2_takes_what_is_asked_of_dtypes(run, precision: str, asked: str, factor: float) -> None:
+    zo2 = [*SMALL, "model.config.num_hidden_layers=4", "method=zo2", f"precision={precision}"]
+    before, after = planned(run, *zo2), planned(run, *zo2, f"precision.{asked}")
+    for lane in ("h2d", "d2h"):
+        assert after["lanes"][lane]["bytes"] == factor * before["lanes"][lane]["bytes"] > 0
+    assert after["host"]["holds"]["weights"] == factor * before["host"]["holds"]["weights"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["method=full", "precision.rounding=nearest"], *(["method=lsp", f"precision.rounding={x}"] for x in NAMES)],
+    ids=str,
+)
+def test_how_weights_are_rounded_takes_no_memory(run, more: list[str]) -> None:
+    before = planned(run, *SMALL, "precision=bf16-true", more[0])
+    after = planned(run, *SMALL, "precision=bf16-true", *more)
+    assert before["host"] == after["host"]
+    assert before["device"] == after["device"]
+
+
+def test_dtypes_that_a_method_refuses_leave_it_out_of_a_comparison(run, capsys) -> None:
+    made = planned(run, *SMALL, "method=zo2", "precision.wire=float16", "compare=true")
+    assert [other["method"] for other in made["others"]] == ["none"]
+    refused = [note for note in made["notes"] if "cannot be compared" in note]
+    assert [note.split()[0] for note in refused] == ["zero-offload", "full", "lsp"]
+    assert all("OffloadPrecision(wire=torch.float16)" in note for note in refused)
+    assert run("plan", *SMALL, "method=full", "precision.wire=float16") != 0
+    assert "`OffloadPrecision(wire=torch.float16)` is not supported by method `full`" in capsys.readouterr().err
 
 
 def test_a_plan_of_lsp_takes_its_settings(run) -> None:
@@ -238,7 +278,7 @@ def test_plan_and_trace_are_switched_off(run, own, capsys) -> None:
             "plan hardware=rtx4090 trainer.accumulate_grad_batches=0",
             "`accumulate_grad_batches` must be an integer >= 1",
         ),
-        ("plan hardware=rtx4090 precision.precision=64-true", "`precision` must be one of 32-true"),
+        ("plan hardware=rtx4090 precision.precision=64-true", "`precision` must be one of: ('32-true'"),
         ("plan hardware=rtx4090 trainer.strategy.accumulate=disk", "accumulate"),
         ("plan hardware=rtx4090 model=pretrained model.path=/no/where", "There is no folder at path='/no/where'"),
         (

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -68,7 +68,7 @@ def _how(cfg: DictConfig) -> dict[str, Any]:
     return {
         "method": cfg.method.name,
         "settings": settings,
-        "precision": cfg.precision.precision,
+        "precision": instantiate(cfg.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm or "norm",

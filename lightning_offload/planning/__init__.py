@@ -20,7 +20,7 @@ from lightning_offload.planning.methods import (
     METHODS,
     PRECISIONS,
     ZEROTH,
-    check_precision,
+    Precision,
     default_optimizer,
     settings_of,
 )
@@ -36,7 +36,7 @@ def plan(
     *,
     method: str = "full",
     settings: CommonSettings | None = None,
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-true"] = "32-true",
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-true"] | Precision = "32-true",
     hardware: str | Machine = "auto",
     optimizer: torch.optim.Optimizer | None = None,
     accumulate_grad_batches: int = 1,
@@ -58,7 +58,7 @@ def plan(
             schedule).
         settings: Of the method (``LSPSettings`` for lsp, ``ZO2Settings`` for zo2, else ``FullSettings``); its
             ``max_device_gib`` and ``max_host_gib`` make the machine smaller, as in a run.
-        precision: As for the Trainer; ``"16-true"`` for zo2 alone.
+        precision: As for the Trainer; ``"16-true"`` for zo2 alone. Or an ``OffloadPrecision``.
         hardware: A name of ``conf/hardware`` (``"rtx4090"``, ``"laptop_4gb"``), ``"auto"`` for this machine (measured
             once, about 2 s), or a ``Machine`` with rates.
         optimizer: Over the module's parameters; default ``configure_optimizers``, else AdamW, of zo2 SGD.
@@ -75,7 +75,9 @@ def plan(
         ValueError: An unknown method, precision or hardware, a machine without rates, a setting that cannot work, or
             nothing to train.
     """
-    _check_choices(method, precision, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+    plugin = precision if isinstance(precision, Precision) else None
+    name: Any = precision if plugin is None else plugin.precision
+    _check_choices(method, name, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
     _check_objects(module, method, settings, optimizer)
     _check_parameters(module, optimizer)
     settings = settings or settings_of(method)()
@@ -86,7 +88,8 @@ def plan(
         machine=machine,
         method=method,
         settings=settings,
-        precision=precision,
+        precision=name,
+        plugin=plugin,
         micro_batches=accumulate_grad_batches,
         clip=Clip(gradient_clip_val, gradient_clip_algorithm) if gradient_clip_val else None,
         optimizer=optimizer,
@@ -128,13 +131,12 @@ def _without_effect(settings: CommonSettings, machine: Machine) -> list[str]:
     ]
 
 
-def _check_choices(method: str, precision: str, micro_batches: int, clip: float | None, algorithm: str) -> None:
+def _check_choices(method: str, precision: object, micro_batches: int, clip: float | None, algorithm: str) -> None:
     """Refuse what no Trainer takes either, naming the argument."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    check_precision(method, precision)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"`accumulate_grad_batches` must be an integer >= 1, got {micro_batches!r}")
     number = isinstance(clip, int | float) and not isinstance(clip, bool)

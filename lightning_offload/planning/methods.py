@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from lightning_offload.methods.method import Method
@@ -30,6 +31,26 @@ FITTED_STEPS = 2
 
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+
+
+@runtime_checkable
+class Precision(Protocol):
+    """What is asked of an ``OffloadPrecision``.
+
+    Attributes:
+        precision: Lightning's name of it.
+    """
+
+    precision: Any
+
+    def under(self, precision: Any) -> Precision:
+        """The same wishes with another precision."""
+        ...
+
+    def dtypes(self, method: Any) -> DTypes:
+        """The dtypes for one method."""
+        ...
+
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {ZEROTH: partial(torch.optim.SGD, lr=1e-6)}
 """Made where nobody has said which; of the other methods AdamW."""

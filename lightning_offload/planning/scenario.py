@@ -33,6 +33,7 @@ from lightning_offload.planning.methods import (
     NATIVE,
     SERIAL,
     ZEROTH,
+    Precision,
     check_precision,
     default_optimizer,
     method_for,
@@ -63,6 +64,7 @@ class Scenario:
         method: A key of ``METHODS``.
         settings: Of the method; of another's, what all methods have is taken over.
         precision: Lightning's name of it.
+        plugin: What else is asked of dtypes; ``None`` is nothing.
         micro_batches: Per step.
         clip: The gradient clipping.
         optimizer: Over the module's parameters; ``None`` asks the module, else takes AdamW, of zo2 SGD.
@@ -78,6 +80,7 @@ class Scenario:
     method: str = FULL
     settings: CommonSettings = field(default_factory=FullSettings)
     precision: str = "32-true"
+    plugin: Precision | None = None
     micro_batches: int = 1
     clip: Clip | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -117,7 +120,9 @@ class Dry:
         self.scenario = scenario
         zeroth = scenario.method == ZEROTH
         method: Method | ZO2 = ZO2(scenario.settings) if zeroth else method_for(scenario.settings)  # type: ignore[arg-type]
-        self.dtypes = DTypes.of(scenario.precision, method.rounding)
+        plugin = scenario.plugin if scenario.method != NATIVE else None  # there is no link, and there are no masters
+        wished = plugin.under(scenario.precision).dtypes(method) if plugin is not None else None
+        self.dtypes = wished or DTypes.of(scenario.precision, method.rounding)
         twin = Twin(scenario.module, self.dtypes.compute)
         if scenario.checkpointing:
             _enable_checkpointing(twin.module)
@@ -308,7 +313,7 @@ class Dry:
         """What lsp moves, and what full would have; what zo2 leaves unused."""
         driver = self.run.driver
         if isinstance(driver, ZerothDriver) and self.timing.kinds:
-            yield from tips(self.scenario, self.timing, self.device, driver.engine.streaming.host_bytes)
+            yield from tips(self.scenario, self.timing, self.device, driver.engine)
         if isinstance(driver, EngineDriver) and driver.engine.own is not None and self.timing.kinds:
             totals = {kind: total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d")}
             whole = sum(t.parameter.nbytes for t in driver.engine.own.trained) / totals["h2d", "deltas"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.dryrun import Timing
+from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2Settings
 from lightning_offload.planning.words import gigabytes, seconds
 
@@ -51,14 +52,14 @@ def bottleneck(scenario: Scenario, timing: Timing, counted: tuple[int, str]) -> 
     return f"{NAMES[lane]}, {seconds(slow_s)} for {moved}; compute would hide it from about {round(hides):,} {unit}"
 
 
-def tips(scenario: Scenario, timing: Timing, device: Memory, streamed_bytes: int) -> Iterator[str]:
+def tips(scenario: Scenario, timing: Timing, device: Memory, engine: ZerothEngine) -> Iterator[str]:
     """What the device could do while it waits for the link, and what would shorten the wait.
 
     Args:
         scenario: What was planned.
         timing: What came out.
         device: What of it is taken.
-        streamed_bytes: Of the weights that come and go.
+        engine: That ran dry.
     """
     settings = scenario.settings
     assert isinstance(settings, ZO2Settings)
@@ -73,10 +74,11 @@ def tips(scenario: Scenario, timing: Timing, device: Memory, streamed_bytes: int
         text += f", or directions={settings.directions * more}"
     yield f"{text}; with micro_batches the parts of a larger batch share a visit of the weights, and its memory"
     free_gib = 0.0 if device.limit_bytes is None else 0.9 * (device.limit_bytes - device.bytes) / GIB
-    held_gib, streamed_gib = 0.0 if settings.resident == "auto" else settings.resident, streamed_bytes / GIB
+    held_gib = 0.0 if settings.resident == "auto" else settings.resident
+    streamed_gib = engine.streaming.host_bytes / GIB
     if free_gib > 0.5 and isinstance(held_gib, int | float):
         asked = math.floor(10 * (held_gib + min(free_gib, streamed_gib + 0.1))) / 10
         kept = "all" if streamed_gib < free_gib else f"{100 * (asked - held_gib) / streamed_gib:.0f} %"
         yield f"weights that stay do not cross the link: resident={asked:.1f} keeps {kept} of what does"
-    if scenario.precision in ("32-true", "bf16-mixed"):
+    if scenario.precision in ("32-true", "bf16-mixed") and engine.dtypes.wire is None and settings.noise == "philox":
         yield "precision.wire=float16 halves what crosses the link, and host memory"

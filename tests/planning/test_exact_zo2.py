@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from lightning_offload.memory.arena import HostMemory, HostReport
 from lightning_offload.memory.lanes import InlineLanes
 from lightning_offload.memory.ledger import Total
-from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.meter import Meter
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
@@ -34,16 +33,15 @@ Kinds = dict[tuple[str, str], tuple[int, int]]
 class Real:
     """The engine on a module, everything inline."""
 
-    def __init__(self, module: nn.Module, batch: Any, settings: ZO2Settings, precision: str) -> None:
-        self.method = ZO2(settings)
-        dtypes = DTypes.of(precision, self.method.rounding)
+    def __init__(self, module: nn.Module, batch: Any, settings: ZO2Settings, plugin: OffloadPrecision) -> None:
+        self.method, self.plugin = ZO2(settings), plugin
+        dtypes = plugin.dtypes(self.method)
         self.module, self.parts = module.eval(), parts_of(batch, settings.micro_batches)
         if dtypes.compute is not None:
             module.to(dtypes.compute)
         self.lanes = InlineLanes(HostMemory(pin=False))
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
         self.engine = ZerothEngine(module, optimizer, self.method, self.lanes, dtypes)
-        self.plugin = OffloadPrecision(precision)  # type: ignore[arg-type]
         self.plugin.use_device(torch.device("cpu"))
 
     def step(self, micro_batches: int = 1) -> None:
@@ -67,6 +65,7 @@ ROWS = pairwise(
     {
         "family": ["llama", "gpt2", "opt", "qwen3", "albert", "phi"],
         "precision": ["32-true", "bf16-true", "16-true", "bf16-mixed"],
+        "asked": [{}, {"wire": "float16"}, {"master": "float32"}, {"rounding": "nearest"}],
         "accumulates": [1, 3],
         "micro_batches": [1, 2],
         "directions": [1, 2],
@@ -84,7 +83,8 @@ def test_bytes_of_every_lane_arenas_and_flops(row: dict[str, Any]) -> None:
     module, batch = ZOO[row["family"]]()
     names = ("micro_batches", "directions", "slots", "min_numel", "resident", "write_back_every", "distribution")
     settings = ZO2Settings(seed=0, **{name: row[name] for name in names})
-    precision, accumulates, period = row["precision"], row["accumulates"], row["write_back_every"]
+    accumulates, period = row["accumulates"], row["write_back_every"]
+    plugin = OffloadPrecision(row["precision"], **row["asked"])
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     dry = Dry(
@@ -94,7 +94,8 @@ def test_bytes_of_every_lane_arenas_and_flops(row: dict[str, Any]) -> None:
             cpu(),
             method=ZEROTH,
             settings=settings,
-            precision=precision,
+            precision=row["precision"],
+            plugin=plugin,
             micro_batches=accumulates,
             optimizer=optimizer,
         )
@@ -102,7 +103,7 @@ def test_bytes_of_every_lane_arenas_and_flops(row: dict[str, Any]) -> None:
     predicted = dry.timing.kinds
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "planning trained"
 
-    real = Real(module, batch, settings, precision)
+    real = Real(module, batch, settings, plugin)
     for _ in range(2 * period):
         real.step(accumulates)
     full = real.kinds()
@@ -148,7 +149,7 @@ def predicted_and_measured(
     """Peak bytes on the device in steps; of all streams, whose threads torch's memory profiler would not see."""
     settings = ZO2Settings(seed=0, **changed)
     planned = plan(make(), batch, method="zo2", settings=settings, precision=precision, hardware=cpu())
-    real = Real(make(), batch, settings, precision)
+    real = Real(make(), batch, settings, OffloadPrecision(precision))
     held = [*real.module.buffers(), *tree_leaves(real.parts)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     with Meter() as meter:
@@ -259,6 +260,25 @@ def test_what_is_free_on_the_device_keeps_a_share_of_the_weights() -> None:
         assert after.device.bytes > 0.9 * after.device.limit_bytes
         kept = 1 - after.lanes["h2d"].bytes / before.lanes["h2d"].bytes
         assert kept == pytest.approx(int(said[2]) / 100, abs=0.06)  # whole blocks, and one decimal of GiB
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": "mezo"}])
+def test_a_narrower_wire_is_advised_where_one_is_possible(settings: dict[str, Any]) -> None:
+    def planned(name: Any, **asked: str) -> Plan:
+        make, batch = sized("opt", name)
+        machine, precision = gpu(h2d_gb_per_s=2, d2h_gb_per_s=2), OffloadPrecision(name, **asked)
+        return plan(
+            make(), batch, method="zo2", precision=precision, hardware=machine, settings=ZO2Settings(**settings)
+        )
+
+    wire = "precision.wire=float16 halves what crosses the link, and host memory"
+    for name, advised in {"32-true": not settings, "bf16-mixed": not settings, "bf16-true": False}.items():
+        before = planned(name)
+        assert (wire in tips_of(before)) == advised
+        if advised:
+            after = planned(name, wire="float16")
+            assert wire not in tips_of(after)
+            assert 2 * after.lanes["h2d"].bytes == before.lanes["h2d"].bytes > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
