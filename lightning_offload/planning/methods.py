@@ -52,13 +52,9 @@ class Precision(Protocol):
         ...
 
 
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {ZEROTH: partial(torch.optim.SGD, lr=1e-6)}
-"""Made where nobody has said which; of the other methods AdamW."""
-
-
 def default_optimizer(method: str) -> Callable[[Any], torch.optim.Optimizer]:
     """From parameters to the optimizer that a method takes by default."""
-    return OPTIMIZERS.get(method, partial(torch.optim.AdamW, fused=True))
+    return partial(torch.optim.SGD, lr=1e-6) if method == ZEROTH else partial(torch.optim.AdamW, fused=True)
 
 
 def check_precision(method: str, precision: str) -> None:
