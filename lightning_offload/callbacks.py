@@ -19,7 +19,7 @@ from lightning_offload.memory.lanes import nbytes
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.streaming import Berth
-from lightning_offload.methods.zeroth import ZerothEngine, ZerothReport
+from lightning_offload.methods.zeroth import ZerothEngine
 
 AnyEngine = Engine | ZerothEngine
 
@@ -134,18 +134,16 @@ def _last_line(engine: AnyEngine, host: str) -> str:
 
 def _of_step(engine: AnyEngine) -> dict[str, float]:
     """What the last step did, by name."""
-    report, skipped = engine.report, {"skipped_steps": float(engine.report.skipped_total)}
-    if isinstance(report, ZerothReport):
-        held = {berth: nbytes(berth.stored) for berth in engine.streaming.berths}  # type: ignore[union-attr]
-        resident = sum(size for berth, size in held.items() if berth.resident)
+    skipped = {"skipped_steps": float(engine.report.skipped_total)}
+    if isinstance(engine, ZerothEngine):
         return {
-            "loss": report.loss,
-            "projected_gradient": report.coefficient,
+            "loss": engine.report.loss,
+            "projected_gradient": engine.report.coefficient,
             **skipped,
-            "streamed_gib": (sum(held.values()) - resident) / GIB,
-            "resident_gib": resident / GIB,
+            "streamed_gib": engine.streaming.host_bytes / GIB,
+            "resident_gib": engine.streaming.resident_bytes / GIB,
         }
-    return {"grad_norm": report.grad_norm, "clip_coefficient": report.clip_coefficient, **skipped}
+    return {"grad_norm": engine.report.grad_norm, "clip_coefficient": engine.report.clip_coefficient, **skipped}
 
 
 def memory_gib(engine: AnyEngine | None, device: torch.device) -> dict[str, float]:

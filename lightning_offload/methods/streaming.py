@@ -264,11 +264,16 @@ class Streaming:
         return sum(nbytes(berth.stored) for berth in self.streamed)
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights that are on the device for good."""
+        return sum(nbytes(berth.stored) for berth in self.berths if berth.resident)
+
+    @property
     def device_bytes(self) -> int:
         """Bytes on the device: slots, scratch buffers, resident weights."""
         own = [scratch for berth in self.berths if berth.own for scratch in berth.own.values()]
         buffers = [slot.buffer for slot in self._slots] + [scratch.buffer for scratch in (self._scratch, *own)]
-        return nbytes(buffers) + sum(nbytes(berth.stored) for berth in self.berths if berth.resident)
+        return nbytes(buffers) + self.resident_bytes
 
     @property
     def places(self) -> Sequence[int]:
