@@ -102,11 +102,16 @@ class OffloadMixin:
         """
         return self._take_part(lambda _: closure(), None)
 
+    def on_validation_model_zero_grad(self) -> None:
+        """A validation inside a window leaves its gradients, as under automatic optimization."""
+        done = self._module.trainer.fit_loop.epoch_loop.batch_idx + 1
+        if done % self._step_settings.accumulate_grad_batches == 0 or self._ends_epoch:
+            super().on_validation_model_zero_grad()  # type: ignore[misc]
+
     def _take_part(self, run: Callable[[Any], Tensor], batch: Any) -> Tensor:
         module, settings = self._module, self._step_settings
         window, optimizer = settings.accumulate_grad_batches, self._optimizer
-        batch_idx = module.trainer.fit_loop.epoch_loop.batch_idx
-        ends_epoch = module.trainer.is_last_batch or batch_idx + 1 >= module.trainer.num_training_batches
+        batch_idx, ends_epoch = module.trainer.fit_loop.epoch_loop.batch_idx, self._ends_epoch
         last = (batch_idx + 1) % window == 0 or ends_epoch
         zeroth = self._zeroth
         if zeroth is not None:
@@ -143,6 +148,11 @@ class OffloadMixin:
     def _module(self) -> LightningModule:
         assert isinstance(self, LightningModule), "put the mixin before LightningModule: class M(OffloadMixin, ...)"
         return self
+
+    @property
+    def _ends_epoch(self) -> bool:
+        trainer = self._module.trainer
+        return trainer.is_last_batch or trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
 
     @property
     def _step_settings(self) -> StepSettings:

@@ -88,6 +88,16 @@ def test_mixin_has_the_bits_of_automatic_optimization(precision: Any) -> None:
         assert_equal_modules(automatic, plain)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "full"])
+def test_a_validation_inside_a_window_of_the_mixin_leaves_its_gradients(strategy: str) -> None:
+    automatic, manual = Lit(), Manual()
+    manual.offload = {"accumulate_grad_batches": 2}
+    validate = {"limit_val_batches": 1, "val_check_interval": 3}
+    fit(automatic, accumulate_grad_batches=2, **validate)
+    fit(manual, offload() if strategy == "full" else strategy, **validate)
+    assert_equal_modules(automatic, manual)
+
+
 def test_mixed_precision_equals_the_plain_trainer() -> None:
     plain, ours = Lit(dropout=0.1), Lit(dropout=0.1)
     fit(plain, precision="bf16-mixed", accumulate_grad_batches=2)
