@@ -15,7 +15,7 @@ from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.homes import weight_dtype
 from lightning_offload.methods.rules import Rule
 from lightning_offload.methods.sender import Sender
-from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.settings import GradientSettings, pins
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,9 @@ def resolve_common(
         settings = replace(settings, accumulate=where)
         reasons.append(f"accumulate={where!r}: {reason}")
     if settings.pin_memory == "auto":
-        pin = machine.device_type == "cuda"
-        why = f"{machine.lockable_bytes / GIB:.1f} GiB can be page-locked ({machine.lockable_limit})"
+        pin, reason = pins(machine)
         settings = replace(settings, pin_memory=pin)
-        reasons.append(f"pin_memory={pin}: {why if pin else 'device and host are one memory'}")
+        reasons.append(f"pin_memory={pin}: {reason}")
     if settings.host_threads == "auto":
         threads, reason = machine.host_threads, machine.host_threads_reason
         if machine.device_type == "cpu":

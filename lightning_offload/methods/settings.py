@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_offload.memory.budget import GIB
+from lightning_offload.memory.budget import GIB, Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,13 @@ class GradientSettings(CommonSettings):
         super().__post_init__()
         choices = ("auto", "device", "host")
         require(self.accumulate in choices, "accumulate", self.accumulate, "'auto', 'device' or 'host'")
+
+
+def pins(machine: Machine) -> tuple[bool, str]:
+    """What ``pin_memory="auto"`` is on this machine, and why."""
+    if machine.device_type != "cuda":
+        return False, "device and host are one memory"
+    return True, f"{machine.lockable_bytes / GIB:.1f} GiB can be page-locked ({machine.lockable_limit})"
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:

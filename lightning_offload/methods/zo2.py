@@ -26,7 +26,7 @@ import torch
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.methods.base import DTypes, Rounding
-from lightning_offload.methods.settings import CommonSettings, require
+from lightning_offload.methods.settings import CommonSettings, pins, require
 
 Resident = Literal["auto"] | float | Sequence[str]
 
@@ -136,10 +136,9 @@ class ZO2:
         """
         settings, reasons = self.settings, []
         if settings.pin_memory == "auto":
-            pin = machine.device_type == "cuda"
-            why = f"{machine.lockable_bytes / GIB:.1f} GiB can be page-locked ({machine.lockable_limit})"
+            pin, reason = pins(machine)
             settings = replace(settings, pin_memory=pin)
-            reasons.append(f"pin_memory={pin}: {why if pin else 'device and host are one memory'}")
+            reasons.append(f"pin_memory={pin}: {reason}")
         if settings.host_threads == "auto":  # copies alone: nothing is computed there
             settings = replace(settings, host_threads=1)
         if settings.seed is None:
