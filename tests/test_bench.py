@@ -33,7 +33,7 @@ from lightning_offload.bench import (
     simulated,
 )
 from lightning_offload.bench.arms import ARMS, METHODS, NATIVE, Arm, state_bytes
-from lightning_offload.bench.bounds import BYTES_FUSED, Counts, full_bound_s
+from lightning_offload.bench.bounds import BYTES_FUSED, Counts, full_bound_s, zo2_bound_s
 from lightning_offload.bench.measure import CannotRun, Spread, ratio, round_robin
 from lightning_offload.bench.training import Workload, compare, take_turn
 from lightning_offload.memory.budget import Machine
@@ -343,6 +343,18 @@ def test_experts_count_as_far_as_a_token_takes_them() -> None:
 )
 def test_the_bound_of_full_is_the_longest_way_through_its_lanes(counts: Counts, bound_s: float) -> None:
     assert full_bound_s(counts, RATES) == pytest.approx(bound_s)
+
+
+@pytest.mark.parametrize(
+    ("counts", "bound_s"),
+    [
+        (Counts(1e14, 0, 10**9, projected=10**9), 2.0),  # two forwards
+        (Counts(1e12, 0, 10**9, projected=10**9), 0.1 + 0.1 / 0.8),  # 0.1 s up, 0.2 s down
+        (Counts(1e12, 0, 10**9, projected=10**9, wire_bytes=4), 2 * (0.1 + 0.1 / 0.8)),
+    ],
+)
+def test_the_bound_of_zo2_is_the_link_both_ways_or_the_forwards(counts: Counts, bound_s: float) -> None:
+    assert zo2_bound_s(counts, RATES) == pytest.approx(bound_s)
 
 
 @pytest.mark.parametrize(

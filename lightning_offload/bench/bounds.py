@@ -88,14 +88,14 @@ def lsp_bound_s(counts: Counts, rates: Rates) -> float:
 
 
 def zo2_bound_s(counts: Counts, rates: Rates) -> float:
-    """Two forwards, or the linear weights of the blocks up and down at once.
+    """Two forwards, or the linear weights of the blocks up and down at once, each slowing the other.
 
-    What is not counted: noise, updates, and that the two directions of a link slow each other.
+    What is not counted: noise and updates.
     """
     flops_per_s = 1e12 * (rates.bf16_tflops if counts.wire_bytes == 2 else rates.fp32_tflops)
     link_bytes = counts.projected * counts.wire_bytes
-    slowest_gb_per_s = min(rates.h2d_gb_per_s, rates.d2h_gb_per_s)
-    return max(2 * counts.forward_flops / flops_per_s, link_bytes / (1e9 * slowest_gb_per_s))
+    up_s, down_s = link_bytes / (1e9 * rates.h2d_gb_per_s), link_bytes / (1e9 * rates.d2h_gb_per_s)
+    return max(2 * counts.forward_flops / flops_per_s, rates.both_ways_s(up_s, down_s))
 
 
 def _bound_s(counts: Counts, rates: Rates, host_bytes: int, link_elements: int) -> float:

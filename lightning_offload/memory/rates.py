@@ -82,6 +82,11 @@ class Rates:
             raise ValueError(f"{of} gives some rates, but not {', '.join(missing)}; give all of them, or rates=null")
         return cls(**given)  # type: ignore[arg-type]  # checked by __post_init__
 
+    def both_ways_s(self, up_s: float, down_s: float) -> float:
+        """Least time of the link for what takes so long up and so long down, each alone."""
+        less, more = sorted((up_s, down_s))
+        return more - less + less / self.duplex
+
     @classmethod
     def measured(cls, device: torch.device | str = "cpu", *, host_threads: int | None = None) -> Rates:
         """Measures this machine, which takes about two seconds.

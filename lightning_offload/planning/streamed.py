@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Total
+from lightning_offload.memory.rates import Rates
 from lightning_offload.methods.dryrun import Timing
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2Settings
@@ -24,11 +25,10 @@ NAMES = {
 }
 
 
-def bound_s(timing: Timing, duplex: float) -> float:
+def bound_s(timing: Timing, rates: Rates) -> float:
     """No schedule takes less: compute, or both directions of the link, which slow each other where they overlap."""
     up_s, down_s, host_s = (timing.lanes.get(lane, Total()).seconds for lane in ("h2d", "d2h", "host"))
-    less, more = sorted((up_s, down_s))
-    return max(timing.compute_s, more - less + less / duplex, host_s)
+    return max(timing.compute_s, rates.both_ways_s(up_s, down_s), host_s)
 
 
 def bottleneck(scenario: Scenario, timing: Timing, counted: tuple[int, str]) -> str:

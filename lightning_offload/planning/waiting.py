@@ -48,7 +48,7 @@ class Waiting:
         if self.scenario.method == ZEROTH:
             rates = self.scenario.machine.rates
             assert rates is not None
-            return bound_s(timing, rates.duplex)
+            return bound_s(timing, rates)
         if not self.decides_late:
             return max(timing.compute_s + self._tail_s(), *busy.values())
         forward_s = timing.forward_s + timing.apply_s
