@@ -22,7 +22,9 @@ from lightning_offload.strategies import (
 from lightning_offload.tracing import OffloadTimeline
 
 if TYPE_CHECKING:
+    from lightning_offload.adapters import load_meft_adapter, save_meft_adapter
     from lightning_offload.export import export_to_hf
+    from lightning_offload.merging import merge_meft_adapter
     from lightning_offload.planning import Plan, plan
     from lightning_offload.replaying import replay
 
@@ -42,12 +44,23 @@ __all__ = [
     "ZO2Mixin",
     "ZO2OffloadStrategy",
     "export_to_hf",
+    "load_meft_adapter",
+    "merge_meft_adapter",
     "plan",
     "register",
     "replay",
+    "save_meft_adapter",
 ]
 
-_HOME = {"export_to_hf": "export", "Plan": "planning", "plan": "planning", "replay": "replaying"}
+_HOME = {
+    "Plan": "planning",
+    "export_to_hf": "export",
+    "load_meft_adapter": "adapters",
+    "merge_meft_adapter": "merging",
+    "plan": "planning",
+    "replay": "replaying",
+    "save_meft_adapter": "adapters",
+}
 
 register()
 

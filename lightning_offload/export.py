@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 
 from lightning_offload.checkpoint import compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
+from lightning_offload.folders import written_whole
+from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter
 
 _GIB = 1024**3
 _CHECK_SHAPE = (2, 16)
@@ -51,25 +52,20 @@ def export_to_hf(
     Raises:
         TypeError: ``module`` holds no transformers model.
         FileExistsError: ``path`` holds something that is no exported model.
-        OffloadError: The reloaded logits differ; both values are in the message.
+        OffloadError: The reloaded logits differ; both values are in the message. Or there are adapters in it, which
+            no stock architecture has.
     """
     target = Path(path)
     network = _network_of(module)
+    _refuse_adapters(network)
     tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
-    _check_replaceable(target)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _without_progress_bars():
-            network.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB))
-            if dtype is not None:
-                _cast_folder(staging, dtype)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-            _check_logits(network, staging)
-        _move(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with written_whole(target, mark="config.json", what="exported model") as staging, _without_progress_bars():
+        network.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB))
+        if dtype is not None:
+            _cast_folder(staging, dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        _check_logits(network, staging)
     return target
 
 
@@ -97,17 +93,21 @@ def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
 def check_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the checkpoint's weights, having checked that they are this module's by name and shape.
 
+    Of a checkpoint of adapters alone (``MEFTOffloadStrategy(adapter_only=True)``) they are the module's adapters.
+
     Raises:
         CheckpointError: As for `read_weights`, or the first tensor in which checkpoint and model differ.
     """
-    stored = read_weights(checkpoint)
-    compare_weights(module.state_dict(), stored, source=repr(os.fspath(checkpoint)))
+    stored, own = read_weights(checkpoint), module.state_dict()
+    if stored and all(ADAPTER in name for name in stored):
+        own = {name: value for name, value in own.items() if ADAPTER in name}
+    compare_weights(own, stored, source=repr(os.fspath(checkpoint)))
     return stored
 
 
 def load_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Copy the weights of a Lightning checkpoint into a fresh module of the same shape (see `check_weights`)."""
-    module.load_state_dict(check_weights(module, checkpoint))
+    module.load_state_dict(check_weights(module, checkpoint), strict=False)
 
 
 def _network_of(module: nn.Module) -> Any:
@@ -120,20 +120,13 @@ def _network_of(module: nn.Module) -> Any:
     return network
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what this function did not write: a wrong path must not cost anybody a folder."""
-    if target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file()):
-        return
-    if target.exists():
-        raise FileExistsError(f"{str(target)!r} exists and is no exported model; choose another folder")
-
-
-def _move(staging: Path, target: Path) -> None:
-    replaced = staging.with_suffix(".old")
-    if target.exists():
-        target.rename(replaced)
-    staging.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _refuse_adapters(network: nn.Module) -> None:
+    if any(isinstance(part, SparseAdapter) for part in network.modules()):
+        raise OffloadError(
+            f"this {type(network).__name__} has sparse adapters, and transformers would leave them out when it loads "
+            "the folder: write them beside it with `save_meft_adapter(model, folder)`; where they are an exact part of "
+            "its feed-forward networks, `merge_meft_adapter(model)` puts them there before `export_to_hf`"
+        )
 
 
 def _cast_folder(folder: Path, dtype: torch.dtype) -> None:
@@ -162,6 +155,21 @@ def _check_logits(network: Any, folder: Path) -> None:
         .from_pretrained(folder, dtype="auto", attn_implementation=network.config._attn_implementation)
         .to(network.device)
     )
+    compare_logits(network, reloaded, what="model")
+
+
+def compare_logits(network: Any, reloaded: Any, *, what: str, dtype: torch.dtype | None = None) -> None:
+    """Compare what two models make of some tokens.
+
+    Args:
+        network: As it was exported.
+        reloaded: As it came back.
+        what: Was exported.
+        dtype: To which some of it was rounded.
+
+    Raises:
+        OffloadError: They differ by more than rounding does, or are not finite.
+    """
     _take_rounded_buffers(network, reloaded)
     vocabulary = network.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -170,10 +178,10 @@ def _check_logits(network: Any, folder: Path) -> None:
         raise OffloadError("the model's logits are not finite, so its training diverged; nothing was exported")
     worst = int((expected - got).abs().argmax())
     want, have = expected.flatten()[worst].item(), got.flatten()[worst].item()
-    allowed = _tolerance(network.dtype, reloaded.dtype) * expected.abs().max().item()
+    allowed = _tolerance(network.dtype, dtype or reloaded.dtype) * expected.abs().max().item()
     if not abs(want - have) <= allowed:
         raise OffloadError(
-            f"the exported model differs after reloading: logit {want:.6g} became {have:.6g}, allowed is a "
+            f"the exported {what} differs after reloading: logit {want:.6g} became {have:.6g}, allowed is a "
             f"difference of {allowed:.2g}; nothing was exported"
         )
 

@@ -17,11 +17,8 @@ from lightning_offload.memory.blocks import partition
 from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.row_forwards import RowForwards
-from lightning_offload.methods.sparse_adapter import SparseAdapter, attach_parameters
+from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, attach_parameters
 from lightning_offload.windows import writes_while_evaluating
-
-ADAPTER = ".meft."
-"""In the name of every parameter of an adapter."""
 
 
 class MEFTBehaviour(GradientBehaviour):

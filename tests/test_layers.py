@@ -60,17 +60,22 @@ RULES = {
         "behaviour gradient_behaviour meft_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"
     ),
     "registry": May("strategies", "lightning"),
-    "mixins": May("gradient_behaviour zeroth_behaviour attachment zeroth_attachment methods", "torch lightning"),
+    "mixins": May("gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods", "torch lightning"),
     "method_mixins": May("meft_behaviour behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
     "callbacks": May("behaviour attaching attachment memory methods", "torch lightning typing_extensions"),
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "planning": May("errors memory methods parts timeline", "torch", "yaml .text"),
     "__init__": May(
-        "registry strategies precision mixins method_mixins callbacks tracing", "", ".export .planning .replaying"
+        "registry strategies precision mixins method_mixins callbacks tracing",
+        "",
+        ".export .planning .replaying .adapters .merging",
     ),
     "replaying": May("errors methods numerics", "torch"),
-    "export": May("errors checkpoint", "torch", "transformers safetensors"),
+    "folders": May(),
+    "export": May("errors checkpoint folders methods", "torch", "transformers safetensors"),
+    "adapters": May("errors memory methods checkpoint folders export", "torch", "safetensors .__init__"),
+    "merging": May("errors checkpoint methods adapters", "torch"),
     "bench": May(
         "errors memory methods numerics planning behaviour strategies text",
         "torch lightning typing_extensions",
@@ -81,7 +86,8 @@ RULES = {
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export replaying plots runs doctor bench conf __init__ text",
+        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench conf "
+        "__init__ text",
         "torch lightning hydra omegaconf",
     ),
 }

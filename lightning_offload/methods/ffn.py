@@ -54,7 +54,7 @@ def find_ffns(model: nn.Module, *, targets: str | Sequence[str] | None = None, l
         model: Any module; a LightningModule or a wrapper around the language model will do.
         targets: Instead of the usual names, as PEFT reads them: the end of a path, several of them, or a regular
             expression that matches whole paths.
-        layers: "all", or indices of blocks; negative ones count from the end.
+        layers: "all", indices of blocks (negative ones count from the end), or "named": those with ``targets`` inside.
 
     Raises:
         ValueError: Not exactly one in each of those blocks, or a bad ``targets`` or ``layers``.
@@ -62,7 +62,7 @@ def find_ffns(model: nn.Module, *, targets: str | Sequence[str] | None = None, l
     wanted = None if targets is None else _matching(model, targets)
     blocks = _blocks(model, wanted)
     found = {}
-    for index in _chosen(layers, len(blocks)):
+    for index in _named(blocks, wanted) if layers == "named" else _chosen(layers, len(blocks)):
         name, block = blocks[index]
         found[index] = _in_block(block, name) if wanted is None else _inside(block, wanted)
     _check(found, blocks, targets)
@@ -114,6 +114,10 @@ def _other_blocks(model: nn.Module, inside: set[int]) -> dict[str, nn.Module]:
             inside |= {id(part) for block in blocks.values() for part in block.modules()}
             others |= blocks
     return others
+
+
+def _named(blocks: list[Named], wanted: list[Named] | None) -> list[int]:
+    return [index for index, (_, block) in enumerate(blocks) if _inside(block, wanted or [])]
 
 
 def _chosen(layers: Layers, count: int) -> list[int]:

@@ -22,6 +22,10 @@ from lightning_offload.methods.padding import Forwards, Padding
 from lightning_offload.numerics.adapter import Gate, Picks, Scope, adapter, route, select, union
 
 
+ADAPTER = ".meft."
+"""In the name of every parameter of an adapter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Of all adapters of a model.
