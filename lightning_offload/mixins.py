@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_offload.attachment import Attachment, GradientAttachment
 from lightning_offload.gradient_behaviour import GradientBehaviour
+from lightning_offload.memory.ambient import default_dtype
 from lightning_offload.methods.base import Clip
 from lightning_offload.zeroth_attachment import ZerothAttachment
 from lightning_offload.zeroth_behaviour import ZerothBehaviour
@@ -208,14 +209,3 @@ class OffloadMixin:
                 )
             if config.interval == interval and count % config.frequency == 0:
                 self._module.lr_scheduler_step(config.scheduler, None)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of ``dtype`` unless they say otherwise."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

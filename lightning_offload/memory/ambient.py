@@ -88,6 +88,17 @@ class Ambient:
             torch.cuda.set_stream(self.cuda[1])
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of ``dtype`` unless they say otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _device_types() -> list[str]:
     accelerator = torch.accelerator.current_accelerator()
     return sorted({"cpu", "cuda", *([] if accelerator is None else [accelerator.type])})

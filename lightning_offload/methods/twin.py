@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.utils._pytree import tree_map
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.memory.ambient import default_dtype
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.meter import Meter
 
@@ -243,7 +244,7 @@ def forward_context(precision: str) -> Callable[[], AbstractContextManager[None]
     if precision == "bf16-mixed":
         return lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # as Lightning: casts are not kept
     narrow = DTypes.of(precision).compute
-    return nullcontext if narrow is None else partial(_default_dtype, narrow)
+    return nullcontext if narrow is None else partial(default_dtype, narrow)
 
 
 @contextmanager
@@ -259,16 +260,6 @@ def explaining(what: str, way_out: str) -> Iterator[None]:
             f"{what} cannot be planned: it does not run on tensors without values ({_line_of(error)}: {said}). "
             f"{way_out}"
         ) from error
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _dtype(tensor: Tensor, compute: torch.dtype | None) -> torch.dtype:
