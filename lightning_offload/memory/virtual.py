@@ -132,8 +132,8 @@ class VirtualLanes:
 
     Args:
         machine: What is imitated; its rates are needed.
-        counting_as: Context in which buffers are made: on the device "slots", "scratch" or "resident weights", by
-            their names; ``None`` in host memory, which whoever counts device memory leaves out.
+        counting_as: Context in which buffers are made: on the device "slots", "scratch", "rows in use" or "resident
+            weights", by their names; ``None`` in host memory, which whoever counts device memory leaves out.
         pin: Whether host memory is page-locked, as far as the machine allows.
 
     Raises:
@@ -339,4 +339,6 @@ class VirtualLanes:
 
 def _kind_of(name: str) -> str:
     """What a device buffer of this name holds."""
-    return "scratch" if name == "scratch" else "resident weights" if ".resident." in name else "slots"
+    if ".resident." in name:
+        return "resident weights"
+    return {"scratch": "scratch", "rows": "rows in use", "row indices": "rows in use"}.get(name, "slots")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,18 +14,23 @@ from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.base import Clip, Trained
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.meft import adapters_of
+from lightning_offload.methods.row_source import LaneSource
+from lightning_offload.methods.row_tables import Rows
+from lightning_offload.methods.sparse_adapter import Fetched
 from lightning_offload.methods.twin import explaining
 from lightning_offload.methods.uses import Uses
+from lightning_offload.numerics.adapter import Picks
 
-Watch = Callable[[str, Sequence[Tensor]], AbstractContextManager[None]]
-"""Around a call of the engine from backward: the parameter's name, and the factors of its gradient, if any."""
+Watch = Callable[[Callable[..., object], Sequence[Any]], AbstractContextManager[None]]
+"""Around a call of the engine by the module or its backward: what is called, and with what, to be called again."""
 
 
 class Driver(Protocol):
     """What trains the twin: an engine, or nothing but an optimizer."""
 
     def watch(self, watch: Watch) -> None:
-        """Have backward's calls watched; the first of those for a gradient in ``p.grad`` is a hook's."""
+        """Have calls watched; the first of those for a gradient in ``p.grad`` is a hook's."""
         ...
 
     @property
@@ -54,10 +60,6 @@ class Driver(Protocol):
         """Replayed: the parameter of this name has its gradient."""
         ...
 
-    def called(self, name: str, factors: Sequence[Tensor]) -> None:
-        """Replayed: a call that was watched."""
-        ...
-
     def step(self) -> None:
         """One optimizer step."""
         ...
@@ -74,17 +76,43 @@ class Driver(Protocol):
 class WatchedEngine(Engine):
     """An engine that can be watched."""
 
-    watch: Watch = staticmethod(lambda name, factors: nullcontext())
+    watch: Watch = staticmethod(lambda fn, args: nullcontext())
 
     def gradient_arrived(self, trained: Trained) -> None:
         """See ``Engine.gradient_arrived``."""
-        with self.watch(trained.name, ()):
+        with self.watch(partial(self.gradient_arrived, trained), ()):
             super().gradient_arrived(trained)
 
     def factors_arrived(self, trained: Trained, left: Tensor, right: Tensor) -> None:
         """See ``Engine.factors_arrived``."""
-        with self.watch(trained.name, (left, right)):
+        with self.watch(partial(self.factors_arrived, trained), (left, right)):
             super().factors_arrived(trained, left, right)
+
+
+class WatchedSource:
+    """Rows of an adapter, whose coming and going is watched; see ``RowSource``."""
+
+    def __init__(self, source: LaneSource, watch: Watch) -> None:
+        self._source, self._watch, self._told = source, watch, source.told
+        source.told = self._tell
+
+    def start(self, x: Tensor, padding: Tensor | None) -> None:
+        """See ``RowSource.start``."""
+        with self._watch(self._source.start, (x, padding)):
+            self._source.start(x, padding)
+
+    def rows(self) -> Fetched:
+        """See ``RowSource.rows``."""
+        with self._watch(self._source.rows, ()):
+            return self._source.rows()
+
+    def again(self, picks: Picks) -> Fetched:
+        """See ``RowSource.again``: no lane is asked."""
+        return self._source.again(picks)
+
+    def _tell(self, table: Rows, rows: Tensor, gradient: Tensor) -> None:
+        with self._watch(partial(self._told, table), (rows, gradient)):
+            self._told(table, rows, gradient)
 
 
 class EngineDriver:
@@ -104,6 +132,9 @@ class EngineDriver:
     def watch(self, watch: Watch) -> None:
         """See ``Driver.watch``."""
         self.engine.watch = watch
+        for adapter in adapters_of(self.engine.module):
+            if isinstance(adapter.source, LaneSource):
+                adapter.source = WatchedSource(adapter.source, watch)
 
     @property
     def uses(self) -> Uses:
@@ -129,13 +160,6 @@ class EngineDriver:
     def gradient_arrived(self, name: str) -> None:
         """See ``Driver.gradient_arrived``."""
         if name in self._offloaded:
-            self.engine.gradient_arrived(self._offloaded[name])
-
-    def called(self, name: str, factors: Sequence[Tensor]) -> None:
-        """See ``Driver.called``."""
-        if factors:
-            self.engine.factors_arrived(self._offloaded[name], *factors)
-        else:
             self.engine.gradient_arrived(self._offloaded[name])
 
     def step(self) -> None:
@@ -192,9 +216,6 @@ class NativeDriver:
 
     def gradient_arrived(self, name: str) -> None:
         """See ``Driver.gradient_arrived``."""
-
-    def called(self, name: str, factors: Sequence[Tensor]) -> None:
-        """See ``Driver.called``."""
 
     def step(self) -> None:
         """See ``Driver.step``."""

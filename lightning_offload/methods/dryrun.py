@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -33,11 +33,19 @@ from lightning_offload.methods.twin import Step, Twin, TwinMeter, explaining, pr
 
 @dataclass(frozen=True)
 class Call:
-    """The engine was called for this parameter; with the shapes of its gradient's factors, if they have come."""
+    """The engine was called: what of it, and with what; of tensors their shapes and dtypes."""
 
-    name: str
-    factors: tuple[torch.Size, ...]
-    dtype: torch.dtype | None
+    fn: Callable[..., object]
+    args: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, fn: Callable[..., object], args: Sequence[Any]) -> Call:
+        """Keeps no tensor: its memory would seem to be in use."""
+        return cls(fn, tuple((a.shape, a.dtype) if isinstance(a, Tensor) else a for a in args))
+
+    def other_args(self) -> list[Any]:
+        """With other tensors."""
+        return [torch.empty(a[0], dtype=a[1]) if isinstance(a, tuple) else a for a in self.args]
 
 
 @dataclass(eq=False)
@@ -85,7 +93,7 @@ class Timing:
         backward_s: Compute of the last micro-batch's backward.
         module_s: Compute of the module in all micro-batches.
         compress_s: Compute of the engine as gradients leave.
-        apply_s: Compute of the engine as units are entered.
+        apply_s: Compute of the engine in forwards: as units are entered, as rows are chosen.
         compute_s: All compute of a step.
         kinds: Operations, bytes and busy seconds of each (lane, kind of operation).
         spans: Every operation of that step, and what it leaves to the next.
@@ -134,6 +142,7 @@ class DryRun:
         micro_batches: How many make a step.
         context: What a forward runs in.
         pin: Whether host memory is page-locked, as far as the machine allows.
+        at_home: Ids of parameters that are in host memory before the driver comes.
 
     Raises:
         TwinError: The step cannot be run on fake tensors.
@@ -150,6 +159,7 @@ class DryRun:
         micro_batches: int = 1,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
         pin: bool = True,
+        at_home: Collection[int] = (),
     ) -> None:
         self._twin, self._step, self._batch, self._context = twin, step, batch, context
         self._micro_batches = micro_batches
@@ -164,7 +174,7 @@ class DryRun:
         self._recording: Tape | None = None
         self._parameters = dict(twin.module.named_parameters())
         with self._active():
-            self._hold_module()
+            self._hold_module(at_home)
             for name, parameter in self._parameters.items():
                 if parameter.requires_grad:  # before the driver's own hook, and after it
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_cue(name)))
@@ -253,10 +263,9 @@ class DryRun:
 
     def _gradient_cue(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if self._recording is not None:
+            if self._recording is not None and parameter.grad is not None:  # told of those that get none, too
                 self._recording.cue(gradient=name)
                 self._tape = None
-                assert parameter.grad is not None
                 self.meter.hold(parameter.grad, "gradients")
                 if name in self._in_blocks:  # backward has come to the blocks
                     self.meter.kind = "activations"
@@ -264,12 +273,12 @@ class DryRun:
         return hook
 
     @contextmanager
-    def _watch(self, name: str, factors: Sequence[Tensor]) -> Iterator[None]:
+    def _watch(self, fn: Callable[..., object], args: Sequence[Any]) -> Iterator[None]:
         """Nothing where the hook of the parameter itself has told, or in a replay."""
         if self._tape is None:
             yield
             return
-        self._tape.cue(called=Call(name, tuple(f.shape for f in factors), factors[0].dtype if factors else None))
+        self._tape.cue(called=Call.of(fn, args))
         self._tape = None
         yield
         self._tape = self._recording
@@ -287,11 +296,12 @@ class DryRun:
 
         return hook
 
-    def _hold_module(self) -> None:
+    def _hold_module(self, at_home: Collection[int]) -> None:
         for buffer in self._twin.module.buffers():
             self.meter.hold(buffer, "buffers")
         for parameter in self._parameters.values():
-            self.meter.hold(parameter, "weights")
+            if id(parameter) not in at_home:
+                self.meter.hold(parameter, "weights")
         for tensor in tree_leaves(self._batch):
             if isinstance(tensor, Tensor):
                 self.meter.hold(tensor, "batch")
@@ -324,9 +334,9 @@ class DryRun:
                 self.driver.gradient_arrived(happening.gradient)
         if (call := happening.called) is not None:
             with self.meter.counting_as(None):
-                factors = [torch.empty(shape, dtype=call.dtype) for shape in call.factors]
-            with self._spending("gradient"):
-                self.driver.called(call.name, factors)
+                args = call.other_args()
+            with self._spending("gradient" if recomputed else "entered"):
+                call.fn(*args)
 
     @contextmanager
     def _spending(self, what: str) -> Iterator[None]:

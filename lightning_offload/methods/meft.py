@@ -40,7 +40,7 @@ from lightning_offload.methods.row_tables import RowTable
 from lightning_offload.methods.rules import Rule
 from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.settings import GradientSettings, require
-from lightning_offload.methods.sparse_adapter import SparseAdapter
+from lightning_offload.methods.sparse_adapter import SparseAdapter, attach_parameters
 from lightning_offload.numerics.adapter import Gate, Scope
 
 VARIANTS: dict[str, tuple[Gate, Scope]] = {"repro": ("logit", "token"), "paper": ("none", "union")}
@@ -257,6 +257,27 @@ class MEFT:
 def adapters_of(module: nn.Module) -> list[SparseAdapter]:
     """The adapters in ``module``, in its order."""
     return [part for part in module.modules() if isinstance(part, SparseAdapter)]
+
+
+def attach(module: nn.Module, settings: MEFTSettings) -> list[SparseAdapter]:
+    """The adapters in ``module``, made where there are none.
+
+    Raises:
+        ValueError: See ``attach_parameters``.
+    """
+    asked, before = settings.of_adapters(), adapters_of(module)
+    if before and settings.seed is None:
+        asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now
+    return attach_parameters(module, **asked)
+
+
+def join(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
+    """Names of the adapters' parameters that no group has; they join the first."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for adapter in adapters_of(module) for p in adapter.parameters()}
+    missing = [(name, p) for name, p in module.named_parameters() if id(p) in own and id(p) not in known]
+    optimizer.param_groups[0]["params"] += [parameter for _, parameter in missing]
+    return [name for name, _ in missing]
 
 
 def default_experts(width: int) -> int:

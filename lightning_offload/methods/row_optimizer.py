@@ -205,7 +205,8 @@ class RowOptimizer(Sender):
             "sums over micro-batches": [table.total for table in tables],
             "rows as they go up": [table.shadow for table in tables if table.rounded],
         }
-        return {name: nbytes(tensors) for name, tensors in held.items() if tensors}
+        on_their_way = {"rows and tokens on their way": self._desk.staging_bytes}
+        return {name: nbytes(tensors) for name, tensors in held.items() if tensors} | on_their_way
 
     @property
     def device_bytes(self) -> int:
@@ -217,10 +218,9 @@ class RowOptimizer(Sender):
         """Device bytes of keys and values that stay there."""
         return nbytes(up for home in self._homes for up in (home.keys_up, home.values_up) if up is not None)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """See ``Sender.scratch_bytes``: buffers in which rows wait."""
-        return self._desk.staging_bytes
+    def expect_union(self, share: float) -> None:
+        """What share of the rows a call uses, for lanes on which nothing is real."""
+        self._desk.expected_union = share
 
     def take_union_share(self) -> float:
         """Rows used per row there is, over the calls since this was asked last."""

@@ -116,6 +116,7 @@ class Desk:
         training: Whether a forward of training runs: what it is lent it keeps until the next one.
         lent: What is up, for a checkpoint that computes a call again.
         used: Rows that were used, and rows there were, summed over calls since ``take_share``.
+        expected_union: Share of the rows that a call uses, before it is known and where nothing is real.
 
     Args:
         lanes: See above.
@@ -128,6 +129,7 @@ class Desk:
         self.lanes, self.training = lanes, False
         self.lent: list[Fetched] = []
         self.used = [0, 0]
+        self.expected_union = PUBLISHED_UNION
         self.up = Staging(lanes, "rows up", dtype, TURNS, numel=fetches * numel)
         self.down = Staging(lanes, "row gradients", dtype, TURNS, numel=numel)
         self.tokens = Staging(lanes, "tokens", dtype, TURNS)
@@ -188,7 +190,7 @@ class _Call:
         before: Compute up to here had been issued when the call began.
         fetched: Where the host puts fetched rows.
         numbers: Where the host puts the numbers of the rows, and places where it has selected.
-        count: U; known after ``AdapterRows.chosen``.
+        count: U; known after ``AdapterRows.chosen``, expected before.
         rows: (U,) on the host, likewise.
     """
 
@@ -205,14 +207,17 @@ class _Call:
 class LaneSource:
     """The rows of one adapter, on lanes; see ``RowSource``.
 
+    Attributes:
+        told: Told of gradient rows.
+
     Args:
         rows: Of the adapter.
         desk: Shared by all.
-        told: Of gradient rows.
+        told: See above.
     """
 
     def __init__(self, rows: AdapterRows, desk: Desk, told: Told) -> None:
-        self._home, self._desk, self._told = rows, desk, told
+        self._home, self._desk, self.told = rows, desk, told
         self._settings = settings = rows.adapter.settings
         self._group = settings.width // settings.experts
         candidates = settings.active_experts * self._group
@@ -298,7 +303,7 @@ class LaneSource:
         home, desk, width = self._home, self._desk, self._settings.width
         fetched = desk.up.take(sum(t.master.numel() for t in home.fetched))
         numbers = desk.numbers.take(width + (len(experts) * self._picked if places is None else 0))
-        count = max(1, int(PUBLISHED_UNION * width))  # where nothing is real
+        count = min(max(int(desk.expected_union * width), self._picked), len(experts) * self._picked, width)
         return _Call(len(experts), experts, places, before, fetched, numbers, count)
 
     def _on_host(self, choose: Callable[[], None], call: _Call, after: list[Event]) -> Event:
@@ -369,7 +374,7 @@ class LaneSource:
     def _gradient(self, table: Rows, rows: Tensor, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        self._told(table, rows, gradient)
+        self.told(table, rows, gradient)
 
 
 def _bring_to_stay(lanes: Lanes, table: Rows) -> Tensor:

@@ -12,17 +12,19 @@ import torch
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.full import Full, FullSettings
 from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.meft import MEFT, MEFTSettings
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.settings import CommonSettings, GradientSettings
 from lightning_offload.methods.zo2 import ZO2Settings
 
-NATIVE, SERIAL, FULL, SUBSPACE, ZEROTH = "none", "zero-offload", "full", "lsp", "zo2"
+NATIVE, SERIAL, FULL, SUBSPACE, ZEROTH, SPARSE = "none", "zero-offload", "full", "lsp", "zo2", "meft"
 METHODS = {
     NATIVE: "everything on the device",
     SERIAL: "full, each step waiting for its weights",
     FULL: "full",
     SUBSPACE: "AdamW in a d x d subspace of each linear weight",
     ZEROTH: "forwards alone, weights in host memory",
+    SPARSE: "wide sparse adapters in host memory beside a frozen model",
 }
 """What can be planned; ``zero-offload`` is its schedule on this engine, for comparison."""
 
@@ -72,7 +74,7 @@ def check_precision(method: str, precision: str) -> None:
 
 def settings_of(method: str) -> type[CommonSettings]:
     """The class of a method's settings."""
-    kinds: dict[str, type[CommonSettings]] = {SUBSPACE: LSPSettings, ZEROTH: ZO2Settings}
+    kinds: dict[str, type[CommonSettings]] = {SUBSPACE: LSPSettings, ZEROTH: ZO2Settings, SPARSE: MEFTSettings}
     return kinds.get(method, FullSettings)
 
 
@@ -89,4 +91,4 @@ def method_for(settings: Any) -> Method:
     """The method that takes these settings."""
     if isinstance(settings, LSPSettings):
         return LSP(replace(settings, fit_steps=min(settings.fit_steps, FITTED_STEPS)))
-    return Full(settings)
+    return MEFT(settings) if isinstance(settings, MEFTSettings) else Full(settings)

@@ -22,9 +22,12 @@ from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.drivers import Driver, EngineDriver, NativeDriver, WatchedEngine
 from lightning_offload.methods.dryrun import DryRun, Timing
 from lightning_offload.methods.full import FullSettings
+from lightning_offload.methods.meft import MEFT, attach, join
 from lightning_offload.methods.method import Method
+from lightning_offload.methods.row_optimizer import RowOptimizer
+from lightning_offload.methods.row_source import PUBLISHED_UNION
 from lightning_offload.methods.settings import CommonSettings
-from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
+from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context, pretending
 from lightning_offload.methods.zeroth_dryrun import ZerothDriver, ZerothDryRun
 from lightning_offload.methods.zo2 import ZO2
 from lightning_offload.parts import parts_of
@@ -71,6 +74,7 @@ class Scenario:
         step: The loss of a micro-batch; ``None`` is the module's own.
         checkpointing: Turn on the model's own gradient checkpointing.
         loss_chunk_tokens: For a model whose loss comes in chunks; ``None`` leaves it as it is.
+        union: Of meft: share of a layer's rows that the tokens of a micro-batch use.
         serial: ZeRO-Offload's schedule: the host begins after backward, the next forward after the last arrival.
     """
 
@@ -87,6 +91,7 @@ class Scenario:
     step: Step | None = None
     checkpointing: bool = False
     loss_chunk_tokens: int | None = None
+    union: float = PUBLISHED_UNION
     serial: bool = False
 
     def __post_init__(self) -> None:
@@ -128,7 +133,14 @@ class Dry:
             _enable_checkpointing(twin.module)
         if scenario.loss_chunk_tokens is not None:
             twin.module.loss_chunk_tokens = scenario.loss_chunk_tokens  # type: ignore[assignment]
+        self._at_home: set[int] = set()  # ids of parameters that are in host memory all the time
+        if isinstance(method, MEFT):
+            with pretending(), twin.mode:
+                adapters = attach(twin.module, method.settings)
+            self._at_home = {id(p) for adapter in adapters for p in (adapter.keys, adapter.values)}
         optimizer = optimizer_of(twin, scenario.optimizer, default_optimizer(scenario.method))
+        if isinstance(method, MEFT):
+            join(optimizer, twin.module)
         self.trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
         self.parameters = sum(p.numel() for p in twin.module.parameters())
         self.notes: list[str] = []
@@ -155,6 +167,8 @@ class Dry:
                 return NativeDriver(units, optimizer, lanes, clip=scenario.clip)
             late = scenario.clip is not None or scenario.waits
             engine = WatchedEngine(twin.module, optimizer, method, lanes, dtypes, expects_clip=late, units=units)
+            if isinstance(engine.own, RowOptimizer):
+                engine.own.expect_union(scenario.union)
             return EngineDriver(engine, clip=scenario.clip, serial=scenario.waits)
 
         return DryRun(
@@ -166,6 +180,7 @@ class Dry:
             micro_batches=scenario.micro_batches,
             context=forward_context(scenario.precision),
             pin=method.settings.pin_memory is not False,
+            at_home=self._at_home,
         )
 
     def _zeroth(self, twin: Twin, optimizer: torch.optim.Optimizer, method: ZO2) -> ZerothDryRun:
@@ -306,7 +321,7 @@ class Dry:
         sums: Counter[str] = Counter()
         for at, unit in enumerate(units):
             kind = "blocks" if unit.is_block else _OUTSIDE[at > first_block]
-            sums[f"weights: {kind}"] += sum(p.nbytes for p in unit.parameters.values())
+            sums[f"weights: {kind}"] += sum(p.nbytes for p in unit.parameters.values() if id(p) not in self._at_home)
         return dict(sums)
 
     def _traffic(self) -> Iterator[str]:
