@@ -14,11 +14,11 @@ from typing_extensions import override
 from lightning_offload.attaching import machine_for
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.memory.blocks import partition
-from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of
+from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of, attach, join
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.row_forwards import RowForwards
-from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, attach_parameters
-from lightning_offload.windows import writes_while_evaluating
+from lightning_offload.methods.sparse_adapter import ADAPTER
+from lightning_offload.windows import copies_module, writes_while_evaluating
 
 
 class MEFTBehaviour(GradientBehaviour):
@@ -46,6 +46,15 @@ class MEFTBehaviour(GradientBehaviour):
     # Setting up.
 
     @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        module = self.lightning_module
+        assert module is not None
+        if module.trainer.state.fn == TrainerFn.FITTING and copies_module(module.trainer):
+            self._settle_settings(module)
+            put_adapters_on(self.strategy_name, module, self.settings)
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         self._close_forwards()
         super().setup(trainer)
@@ -54,10 +63,10 @@ class MEFTBehaviour(GradientBehaviour):
     def setup_optimizers(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        adapters = put_adapters_on(self.strategy_name, module, self.settings)
+        put_adapters_on(self.strategy_name, module, self.settings)
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            add_missing(self.strategy_name, optimizer, module, adapters)
+            add_missing(self.strategy_name, optimizer, module)
 
     @override
     def _prepare_forwards(self, trainer: Trainer) -> None:
@@ -147,8 +156,8 @@ class MEFTBehaviour(GradientBehaviour):
         return super().__getstate__() | {"_forwards": None}
 
 
-def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -> list[SparseAdapter]:
-    """The module's adapters, made where there are none; the first time it is said what is frozen.
+def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -> None:
+    """Make the module's adapters where there are none, and say what is frozen.
 
     Args:
         who: Named before what is said.
@@ -156,24 +165,16 @@ def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -
         settings: Of the method.
     """
     before = adapters_of(module)
-    asked = settings.of_adapters()
-    if before and settings.seed is None:
-        asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now
-    adapters = attach_parameters(module, **asked)
+    attach(module, settings)
     if not before:
         frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
         rank_zero_info(f"{who}: freezes the backbone ({frozen:,} parameters) and trains adapters beside it")
-    return adapters
 
 
-def add_missing(who: str, optimizer: Optimizer, module: LightningModule, adapters: list[SparseAdapter]) -> None:
+def add_missing(who: str, optimizer: Optimizer, module: LightningModule) -> None:
     """Put parameters of adapters that ``configure_optimizers`` left out into the first group, and say so."""
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = {id(p) for adapter in adapters for p in adapter.parameters()}
-    missing = [(n, p) for n, p in module.named_parameters() if id(p) in own and id(p) not in known]
-    if missing:
-        optimizer.param_groups[0]["params"] += [parameter for _, parameter in missing]
+    if missing := join(optimizer, module):
         rank_zero_info(
-            f"{who}: `configure_optimizers` left {len(missing)} parameters of adapters out ({missing[0][0]}, ...): "
+            f"{who}: `configure_optimizers` left {len(missing)} parameters of adapters out ({missing[0]}, ...): "
             "they join its first group"
         )
