@@ -18,6 +18,7 @@ from lightning_offload.memory.cuda import cuda_lanes
 from lightning_offload.memory.lanes import InlineLanes, Lanes
 from lightning_offload.methods.base import DTypes, Trained
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
@@ -100,7 +101,10 @@ def look_for_readers(who: str, trainer: Trainer, module: LightningModule, settin
         )
     if window.gradients:
         hooks = ", ".join(window.gradients)
-        rank_zero_info(f"{who}: {hooks} may look at gradients, so they stay on the device until the step.")
+        how = "they stay on the device until the step"
+        if isinstance(settings, MEFTSettings):
+            how = "each backward waits until those of rows are summed up in host memory, where `.grad` shows them"
+        rank_zero_info(f"{who}: {hooks} may look at gradients, so {how}.")
         if getattr(settings, "form", None) == "activations":
             rank_zero_warn(
                 f"`form='activations'` has no effect: {hooks} may look at gradients, so they are formed. Remove the "

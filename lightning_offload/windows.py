@@ -37,6 +37,9 @@ END_HOOKS = ("on_fit_end",)
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 STEP_HOOKS = ("backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "on_before_zero_grad")
 
+_COPIES_MODULE = {"StochasticWeightAveraging", "WeightAveraging"}
+"""Callbacks whose ``setup`` copies the module, parameter by parameter."""
+
 _READS_NO_WEIGHTS = {
     "BatchSizeFinder",
     "DeviceStatsMonitor",
@@ -89,6 +92,11 @@ def find_window(trainer: Trainer, module: LightningModule) -> Window:
         boundaries += _overridden(callback, Callback, (*VALIDATION_HOOKS, *END_HOOKS))
         gradients += _overridden(callback, Callback, (*GRADIENT_HOOKS, "on_before_zero_grad"))
     return Window(tuple(weights), tuple(epochs), tuple(boundaries), tuple(gradients))
+
+
+def copies_module(trainer: Trainer) -> bool:
+    """Whether a callback copies the module before the strategy is set up."""
+    return any(kind.__name__ in _COPIES_MODULE for callback in _callbacks(trainer) for kind in type(callback).__mro__)
 
 
 def writes_while_evaluating(trainer: Trainer, module: LightningModule) -> bool:

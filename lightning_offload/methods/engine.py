@@ -108,7 +108,8 @@ class Engine:
             if machine is not None:
                 self._require_host(machine, claimed, on_host)
             decides_late = expects_clip or (settings.skip_nonfinite and not method.layer_wise)
-            site = Site(self.rule, lanes, dtypes, settings.accumulate == "host", decides_late)
+            sums_on_host = settings.accumulate == "host"
+            site = Site(self.rule, lanes, dtypes, sums_on_host, decides_late, lambda: self.gradients_visible)
             self.own = method.make_part(claimed, site)
             self.host = HostOptimizer(
                 on_host, self.rule, lanes, dtypes, accumulate_on_host=site.accumulate_on_host, wants_norms=decides_late

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -28,6 +28,7 @@ class Site:
         dtypes: Which dtype lives where.
         accumulate_on_host: Micro-batches add up on the host.
         wants_norms: Steps are decided by all norms together.
+        gradients_visible: Whether users look at ``p.grad`` between backward and step.
     """
 
     rule: Rule
@@ -35,6 +36,7 @@ class Site:
     dtypes: DTypes
     accumulate_on_host: bool
     wants_norms: bool
+    gradients_visible: Callable[[], bool] = bool
 
 
 class Method(Protocol):

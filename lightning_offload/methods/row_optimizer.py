@@ -63,6 +63,8 @@ class RowOptimizer(Sender):
             len(self._homes[0].fetched),
         )
         self._added: dict[str, Event] = {}  # the last addition to each sum since the last step
+        self._gradients_visible = site.gradients_visible
+        self._shown: set[str] = set()  # whose sum is `p.grad`
 
     # Part.
 
@@ -70,7 +72,9 @@ class RowOptimizer(Sender):
         """See ``Part.gradient_ready``: rows have their own way, ``p.grad`` stays empty."""
 
     def collect(self, step: int) -> None:
-        """See ``Part.collect``: rows left as their gradients came."""
+        """See ``Part.collect``: rows left as their gradients came; what users made of the sums counts."""
+        for table in self._table.values():
+            self._take_back(table)
 
     def has_gradient(self, trained: Trained) -> bool:
         """See ``Part.has_gradient``."""
@@ -98,9 +102,10 @@ class RowOptimizer(Sender):
 
     def drop(self) -> None:
         """See ``Part.drop``."""
-        self._added = {}
         for table in self._table.values():
+            self._take_back(table)
             table.forget()
+        self._added = {}
 
     def adopt(self) -> None:
         """See ``Part.adopt``: the parameter is the master; what is shown of it may be out of date."""
@@ -130,6 +135,8 @@ class RowOptimizer(Sender):
 
     def pending_of(self, trained: Trained) -> Tensor | None:
         """See ``Part.pending_of``."""
+        if trained.name in self._shown:
+            return trained.parameter.grad
         return self._table[trained.name].total if trained.name in self._added else None
 
     # Beside the protocol.
@@ -277,6 +284,7 @@ class RowOptimizer(Sender):
 
     def _gradient(self, table: Rows, rows: Tensor, gradient: Tensor) -> None:
         name, home, lanes = table.name, self._home[table.name], self._lanes
+        self._take_back(self._table[name])
         slot = self._desk.down.take(gradient.numel())
         landing = slot.buffer[: gradient.numel()].view(gradient.shape)
         free = [slot.free] if slot.free is not None else []
@@ -296,6 +304,28 @@ class RowOptimizer(Sender):
             tag="accumulate",
             traffic_bytes=gradient.numel() * (8 + gradient.element_size()),
         )
+        if self._gradients_visible():
+            self._show(self._table[name])
+
+    def _show(self, table: RowTable) -> None:
+        """Users see the sum itself."""
+        self._lanes.synchronize()
+        table.trained.parameter.grad = table.total
+        self._shown.add(table.name)
+
+    def _take_back(self, table: RowTable) -> None:
+        """What users have made of the sum: ``None`` is a sum that is forgotten."""
+        if table.name not in self._shown:
+            return
+        self._shown.discard(table.name)
+        parameter = table.trained.parameter
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None and gradient is not table.total:
+            table.total.copy_(gradient)
+        torch.any(table.total, 1, out=table.touched)
+        if gradient is None:
+            table.forget()
+            del self._added[table.name]
 
     # Stepping.
 
