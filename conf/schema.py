@@ -116,6 +116,7 @@ class Export:
     output: str | None = None
     dtype: str | None = None
     max_shard_gib: float = 2.0
+    merge: bool = False
 
 
 @dataclass
@@ -145,6 +146,18 @@ class Zeroth:
 
 
 @dataclass
+class Recall:
+    """`lightning_offload.bench.RecallSettings`."""
+
+    arms: list[str] | None = None
+    steps: int = MISSING
+    batch: int = MISSING
+    paraphrases: int = MISSING
+    seeds: int = MISSING
+    folder: str = MISSING
+
+
+@dataclass
 class Bench:
     """`lightning-offload bench`."""
 
@@ -158,6 +171,7 @@ class Bench:
     steps: int = MISSING
     quality: Quality = field(default_factory=Quality)
     zeroth: Zeroth = field(default_factory=Zeroth)
+    recall: Recall = field(default_factory=Recall)
     output: str | None = None
 
 

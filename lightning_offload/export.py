@@ -69,6 +69,11 @@ def export_to_hf(
     return target
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether there are sparse adapters in ``module``."""
+    return any(isinstance(part, SparseAdapter) for part in module.modules())
+
+
 def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the memory-mapped ``state_dict`` of a Lightning checkpoint, without running code stored in it.
 
@@ -121,7 +126,7 @@ def _network_of(module: nn.Module) -> Any:
 
 
 def _refuse_adapters(network: nn.Module) -> None:
-    if any(isinstance(part, SparseAdapter) for part in network.modules()):
+    if has_adapters(network):
         raise OffloadError(
             f"this {type(network).__name__} has sparse adapters, and transformers would leave them out when it loads "
             "the folder: write them beside it with `save_meft_adapter(model, folder)`; where they are an exact part of "

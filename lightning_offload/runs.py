@@ -10,6 +10,7 @@ from lightning_offload.errors import CheckpointError, OffloadError
 
 CONFIG = "config.yaml"
 MODEL = "hf"
+ADAPTER = "adapter"
 
 
 def choose_folder(runs_dir: str, name: str | None, default_name: str, ckpt_path: str | None) -> str:
@@ -72,7 +73,7 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str | None) -> Path | None:
         return newest
     if ckpt_path:
         return find_checkpoint(ckpt_path)
-    if newest_checkpoint(folder) or (folder / MODEL).exists():
+    if newest_checkpoint(folder) or any((folder / name).exists() for name in (MODEL, ADAPTER)):
         raise OffloadError(
             f"{str(folder)!r} holds a run already; continue it with ckpt_path=last, or choose another name="
         )

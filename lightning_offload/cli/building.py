@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.methods.meft import MEFTSettings
+from lightning_offload.methods.sparse_adapter import attach_parameters
 
 _LINE_LENGTH = 118
 
@@ -54,6 +57,25 @@ def build_data(cfg: DictConfig, model: Any) -> Any:
     data = build(cfg, "data")
     data.tokenizer = model.tokenizer
     return data
+
+
+def settings_of(cfg: Any) -> Any:
+    """The settings of the method that a configuration names; None of a plain strategy."""
+    strategy = cfg.trainer.strategy
+    if not OmegaConf.is_config(strategy):
+        return None
+    given: Any = OmegaConf.to_container(strategy, resolve=True)
+    behaviour: Any = get_class(given["_target_"])
+    kind = behaviour.settings_type
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in given.items() if name in names})
+
+
+def put_adapters(cfg: Any, model: Any) -> None:
+    """Have the model of a run by `meft` its adapters, to load a checkpoint into."""
+    settings = settings_of(cfg)
+    if isinstance(settings, MEFTSettings):
+        attach_parameters(model, **settings.of_adapters())
 
 
 def dtype(name: str | None) -> torch.dtype | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_offload.cli.building import build, build_data, shown
+from lightning_offload.cli.building import build, build_data, settings_of, shown
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
@@ -58,16 +57,9 @@ def plan_of_run(cfg: DictConfig, trainer: L.Trainer, model: Any, batch: Any, opt
 def _how(cfg: DictConfig) -> dict[str, Any]:
     """What the configuration says of the steps."""
     trainer = cfg.trainer
-    settings = None
-    if OmegaConf.is_config(trainer.strategy):
-        given = _plain(trainer.strategy)
-        strategy: Any = get_class(given["_target_"])
-        kind = strategy.settings_type
-        names = {field.name for field in dataclasses.fields(kind)}
-        settings = kind(**{name: value for name, value in given.items() if name in names})
     return {
         "method": cfg.method.name,
-        "settings": settings,
+        "settings": settings_of(cfg),
         "precision": instantiate(cfg.precision),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,

@@ -12,11 +12,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.utils.data import DataLoader
 
 from lightning_offload import runs
-from lightning_offload.cli.building import build, build_data, dtype, shown
-from lightning_offload.cli.training import held_out
+from lightning_offload.adapters import save_meft_adapter
+from lightning_offload.cli.building import build, build_data, dtype, put_adapters, shown
+from lightning_offload.cli.training import held_out, how_to_load
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
-from lightning_offload.export import export_to_hf, load_weights
+from lightning_offload.export import export_to_hf, has_adapters, load_weights
+from lightning_offload.merging import merge_meft_adapter
 from lightning_offload.methods.steplog import load_log
 from lightning_offload.replaying import replay
 from lightning_offload.text import CausalLM
@@ -32,7 +34,8 @@ def evaluate(cfg: DictConfig) -> int:
         _fill_in(cfg, run)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         model = build(cfg, "model")
-        if checkpoint:
+        if checkpoint and run:
+            put_adapters(OmegaConf.load(run / runs.CONFIG), model)
             load_weights(model, checkpoint)
         data = build_data(cfg, model)
         trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False)
@@ -55,13 +58,24 @@ def evaluate(cfg: DictConfig) -> int:
 
 
 def export(cfg: DictConfig) -> int:
-    """Write a Hugging Face folder from a run's checkpoint, or from the weights that it began with and its log."""
+    """Write a Hugging Face folder from a run's checkpoint, or from the weights that it began with and its log.
+
+    Of a run by `meft` it is the folder of its adapters, unless they are to be merged.
+    """
     with user_errors():
         model, source, folder = _replayed(cfg) if cfg.log else _loaded(cfg)
-        output = export_to_hf(
-            model, cfg.output or folder / runs.MODEL, max_shard_gib=cfg.max_shard_gib, dtype=dtype(cfg.dtype)
-        )
+        adapted = has_adapters(model)
+        if cfg.merge:
+            merge_meft_adapter(model)
+        if adapted and not cfg.merge:
+            output = save_meft_adapter(model, cfg.output or folder / runs.ADAPTER, dtype=dtype(cfg.dtype))
+        else:
+            output = export_to_hf(
+                model, cfg.output or folder / runs.MODEL, max_shard_gib=cfg.max_shard_gib, dtype=dtype(cfg.dtype)
+            )
     print(f"written to {shown(output)}; reloaded, it gives the logits of {shown(source)}")
+    if adapted and not cfg.merge:
+        print(how_to_load(model, output))
     return 0
 
 
@@ -71,7 +85,10 @@ def _loaded(cfg: DictConfig) -> tuple[Any, Path, Path]:
         raise OffloadError(f"`base` is what a log is replayed on; got base={cfg.base} without log=<file>")
     checkpoint = runs.find_checkpoint(cfg.ckpt_path)
     folder = runs.folder_of(checkpoint)
-    model = build(OmegaConf.load(folder / runs.CONFIG), "model")
+    stored = OmegaConf.load(folder / runs.CONFIG)
+    L.seed_everything(stored.seed, verbose=False)  # of the adapters, and of weights that a checkpoint may leave out
+    model = build(stored, "model")
+    put_adapters(stored, model)
     load_weights(model, checkpoint)
     return model, checkpoint, folder
 

@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from lightning_offload import runs
+from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.cli.building import build, build_all, build_data, shown
+from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown
 from lightning_offload.cli.planning import plan_of_run
 from lightning_offload.cli.users import BAD_VALUES, user_errors
 from lightning_offload.errors import OffloadError
-from lightning_offload.export import check_weights, export_to_hf
+from lightning_offload.export import check_weights, export_to_hf, has_adapters
 from lightning_offload.memory.budget import cap_device
 from lightning_offload.planning import Plan
 from lightning_offload.plots import metrics_files, plot_losses
@@ -38,6 +39,7 @@ def train(cfg: DictConfig) -> int:
         data = build_data(cfg, model)
         trainer = build(cfg, "trainer", callbacks=build_all(cfg, "callbacks"), logger=build_all(cfg, "logger"))
         if resume:
+            put_adapters(cfg, model)
             check_weights(model, resume)
             print(f"continues from {shown(resume)}")
         _check_trainable(cfg, model, optimizer)
@@ -156,9 +158,22 @@ def _save_results(cfg: DictConfig, model: Any, folder: Path) -> None:
     if metrics_files(folder):
         made["loss curve"] = plot_losses([folder], folder / "loss.png")
     made["timeline"] = folder / PICTURE_FILE
-    if cfg.export:
+    adapter = save_meft_adapter(model, folder / runs.ADAPTER) if cfg.export and has_adapters(model) else None
+    if adapter:
+        made["adapter"] = adapter
+    elif cfg.export:
         made["model"] = export_to_hf(model, folder / runs.MODEL)
     print()
     for what, path in made.items():
         if path and path.exists():
             print(f"{what:<12} {shown(path)}")
+    if adapter:
+        print(how_to_load(model, adapter))
+
+
+def how_to_load(model: Any, adapter: Path) -> str:
+    """The line of Python that puts an adapter on the model that it was trained beside."""
+    network: Any = network_of(model)
+    base = network.config._name_or_path
+    made = f"{type(network).__name__}.from_pretrained({shown(base)!r})" if base else "<the model it began with>"
+    return f"the model itself has not changed; both together: load_meft_adapter({made}, {shown(adapter)!r})"
