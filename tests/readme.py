@@ -53,6 +53,7 @@ TREE = {
     "lightning_offload/methods/uses.py": "what a forward does with the weights: order, ties, functional uses",
     "lightning_offload/methods/zo2.py": "the method zo2: its settings, what stays on the device",
     "lightning_offload/methods/zeroth.py": "its engine: forwards in lock-step, updates one step late",
+    "lightning_offload/methods/perturbed.py": "its weights: moved along z in forwards, updated late",
     "lightning_offload/methods/streaming.py": "weights in host memory that visit the device, a unit at a time",
     "lightning_offload/methods/forwards.py": "the same for evaluation alone",
     "lightning_offload/methods/noises.py": "philox and MeZO noise, as the engine asks for them",

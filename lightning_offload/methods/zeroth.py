@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -34,33 +32,16 @@ from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.lockstep import Lockstep
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
+from lightning_offload.methods.perturbed import Perturbed, Stream
 from lightning_offload.methods.rules import frozen_groups
 from lightning_offload.methods.steplog import Entry, Header, hash_weights
-from lightning_offload.methods.streaming import Berth, Leaf, Streaming
+from lightning_offload.methods.streaming import Leaf
 from lightning_offload.methods.uses import Recorder, Uses
 from lightning_offload.methods.zo2 import ZO2, compute_dtype, resident_units, stored_dtype
-from lightning_offload.numerics.zeroth import DTYPES as PERTURBED
+from lightning_offload.numerics.zeroth import DTYPES
 
 STEPS, ENTRIES, SUMS, SKIPS, SEEDS, BASE = "steps", "entries", "sums", "skips", "seeds", "base"
 """Keys of what a checkpoint keeps of a run."""
-
-MOST_KEPT = 64
-"""Steps by which a unit that does not run may fall behind; then it is brought up for its updates alone."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One of the forwards of a micro-batch.
-
-    Attributes:
-        direction: Which draw of z.
-        sign: +1 or -1.
-        part: Which part of the batch.
-    """
-
-    direction: int
-    sign: int
-    part: int
 
 
 @dataclass(frozen=True)
@@ -91,99 +72,6 @@ class ZerothReport:
     def loss(self) -> float:
         """Mean of l+ and l-."""
         return (self.loss_plus + self.loss_minus) / 2
-
-
-class Perturbed(Streaming):
-    """Weights that are shown moved along z while streams are set, and that catch up with the updates when they come.
-
-    Attributes:
-        streams: Of the micro-batch that is running; empty where forwards see the weights as they are.
-        step: Whose z they are moved along.
-        seed: Of that z.
-        updates: Entries of each step that some unit may not have seen, oldest first.
-        gone: Steps before those.
-        write_back_every: Steps between two copies home.
-    """
-
-    noise: Noise
-    streams: Sequence[Stream] = ()
-    step = 0
-    seed = 0
-    gone = 0
-    write_back_every = 1
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.updates: list[list[Entry]] = []
-        super().__init__(*args, **kwargs)
-
-    @property
-    def head(self) -> int:
-        """Updates so far."""
-        return self.gone + len(self.updates)
-
-    def push(self, entries: list[Entry]) -> None:
-        """One step's updates, for every unit to apply when it comes by."""
-        self.updates.append(entries)
-        self.catch_up(behind=max(MOST_KEPT, self.write_back_every))
-        seen = min((berth.host_seen for berth in self.berths if berth.trained), default=self.head)
-        del self.updates[: seen - self.gone]
-        self.gone = seen
-
-    def catch_up(self, behind: int = 0) -> None:
-        """Every unit that is more than ``behind`` updates behind sees all of them, at home too."""
-        for berth in self.berths:
-            if berth.trained and berth.host_seen < self.head - behind:
-                self._come_up(berth)
-                self._apply(berth)
-                self._write_back(berth)
-                self._release(berth)
-
-    def skip_to_head(self) -> None:
-        """The weights at rest have seen all updates: they were loaded so."""
-        for berth in self.berths:
-            berth.host_seen = berth.device_seen = self.head
-
-    def _refresh(self, berth: Berth) -> None:
-        self._apply(berth)
-        behind = berth.device_seen - berth.host_seen
-        if behind >= (1 if berth.resident else self.write_back_every):
-            self._write_back(berth)
-
-    def _apply(self, berth: Berth) -> None:
-        if not berth.trained or berth.device_seen == self.head:
-            return
-        entries = list(chain.from_iterable(self.updates[berth.device_seen - self.gone :]))
-        berth.device_seen = self.head
-        self._lanes.mark("update", berth.unit.index)
-        if berth.written is not None:  # of a unit that has stayed in its slot since it was written back
-            self._lanes.wait_compute(berth.written)
-        for leaf, weight in zip(berth.trained, berth.on_device, strict=False):
-            key = ("update", leaf.parameter.shape, weight.dtype, len(entries))
-            self._lanes.run(key, partial(self.noise.apply, leaf, weight, entries))
-
-    def _phase(self, stream: int) -> str:
-        if not self.streams:
-            return super()._phase(stream)
-        return "l+" if self.streams[stream].sign > 0 else "l-"
-
-    def _changes(self, leaf: Leaf) -> bool:
-        return leaf.group is not None or super()._changes(leaf)
-
-    def _fill(self, leaf: Leaf, weight: Tensor, out: Tensor, stream: int) -> None:
-        if leaf.group is None or not self.streams:
-            super()._fill(leaf, weight, out, stream)
-            return
-        seen, step, seed = self.streams[stream], self.step, self.seed
-        self._lanes.run(
-            ("perturb", leaf.parameter.shape, weight.dtype, out.dtype),
-            lambda: self.noise.show(leaf, weight, out, seed=seed, step=step, direction=seen.direction, sign=seen.sign),
-        )
-
-    def _kind(self, stream: int) -> Hashable:
-        return (self.streams[stream].direction, self.streams[stream].sign) if self.streams else None
-
-    def _version(self, berth: Berth) -> Hashable:
-        return (berth.device_seen, self.step, self.seed)  # a step that was dropped is begun anew with another seed
 
 
 class ZerothEngine:
@@ -578,7 +466,7 @@ class ZerothEngine:
         if settings.noise == "philox":
             assert settings.seed is not None, "resolve the method first"
             for leaf in self.trained:
-                if not {leaf.rest.dtype, leaf.compute} <= set(PERTURBED):
+                if not {leaf.rest.dtype, leaf.compute} <= set(DTYPES):
                     raise ValueError(
                         f"noise='philox' moves weights in float32, but `{leaf.name}` is kept in {leaf.rest.dtype} and "
                         f"seen in {leaf.compute}: pass a model in float32 or 16 bits, or noise='mezo' with one dtype "

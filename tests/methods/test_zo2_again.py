@@ -249,7 +249,7 @@ class Sleeper(Net):
 def test_a_unit_that_never_runs_does_not_keep_all_updates(
     lanes: str, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_offload.methods.zeroth.MOST_KEPT", 5)
+    monkeypatch.setattr("lightning_offload.methods.perturbed.MOST_KEPT", 5)
     batches, kept = token_batches(24), []
     ours = by_engine(
         Sleeper(depth=4),
