@@ -65,8 +65,9 @@ class Staging:
     def take(self, numel: int) -> Slot:
         """The next one, with at least ``numel`` elements."""
         at, self._next = self._next, (self._next + 1) % len(self._slots)
-        if self._slots[at].buffer.numel() < numel:
-            self._slots[at] = self._make(numel)
+        held = self._slots[at].buffer.numel()
+        if held < numel:  # at least doubled: what was outgrown stays mapped
+            self._slots[at] = self._make(max(numel, 2 * held))
         return self._slots[at]
 
     def _make(self, numel: int) -> Slot:
@@ -76,53 +77,45 @@ class Staging:
 
 
 class Loans:
-    """Device buffers of any size that are lent one by one, and are all given back at once."""
+    """Device buffers of any size that are lent one by one, and are all given back at once.
+
+    Whoever fills one again does so after all compute that was issued before it was given back.
+    """
 
     SPARE = 1.25
     """Room for a larger need of the same borrower, so that buffers are seldom made."""
 
     def __init__(self, lanes: Lanes, name: str, dtype: torch.dtype) -> None:
         self._lanes, self._name, self._dtype = lanes, name, dtype
-        self._idle: list[Slot] = []
-        self._lent: list[Slot] = []
+        self._idle: list[Tensor] = []
+        self._lent: list[Tensor] = []
 
     @property
     def nbytes(self) -> int:
         """Device bytes of all buffers."""
-        return sum(slot.buffer.nbytes for slot in (*self._idle, *self._lent))
+        return sum(buffer.nbytes for buffer in (*self._idle, *self._lent))
 
-    def lend(self, numel: int, most: int) -> Slot:
-        """One of at least ``numel`` elements, the smallest there is; made for up to ``most`` where there is none.
-
-        ``free`` goes into the ``after=`` of what writes it.
-        """
-        fitting = [slot for slot in self._idle if slot.buffer.numel() >= numel]
+    def lend(self, numel: int, most: int) -> Tensor:
+        """One of at least ``numel`` elements, the smallest there is; made for up to ``most`` where there is none."""
+        fitting = [buffer for buffer in self._idle if buffer.numel() >= numel]
         if fitting:
-            slot = min(fitting, key=lambda slot: slot.buffer.numel())
-            self._idle.remove(slot)
+            chosen = self._remove(min(fitting, key=Tensor.numel))
         else:
-            self._drop_one()
-            (buffer,) = self._lanes.buffers(self._name, [min(int(numel * self.SPARE), most)], self._dtype, "device")
-            slot = Slot(buffer)
-        self._lent.append(slot)
-        return slot
+            if self._idle:  # all too small
+                self._lanes.unwatch(self._remove(max(self._idle, key=Tensor.numel)))
+            (chosen,) = self._lanes.buffers(self._name, [min(int(numel * self.SPARE), most)], self._dtype, "device")
+        self._lent.append(chosen)
+        return chosen
 
     def give_back(self) -> None:
-        """What compute has been issued so far is the last that reads them."""
-        if self._lent:
-            done = self._lanes.compute()
-            for slot in self._lent:
-                slot.free = done
-            self._idle += self._lent
-            self._lent = []
+        """Nobody who is issued from here on reads them."""
+        self._idle += self._lent
+        self._lent = []
 
     def close(self) -> None:
         """Let go of all; nothing is in flight."""
         self._idle, self._lent = [], []
 
-    def _drop_one(self) -> None:
-        """The largest of those that were too small."""
-        if self._idle:
-            slot = max(self._idle, key=lambda slot: slot.buffer.numel())
-            self._idle.remove(slot)
-            self._lanes.unwatch(slot.buffer)
+    def _remove(self, buffer: Tensor) -> Tensor:
+        self._idle = [other for other in self._idle if other is not buffer]
+        return buffer

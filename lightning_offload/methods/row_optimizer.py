@@ -145,7 +145,7 @@ class RowOptimizer(Sender):
         """See ``Sender.load_pending_of``."""
         table = self._table[trained.name]
         table.add(torch.arange(len(gradient)), gradient.to("cpu", torch.float32))
-        self._added[trained.name] = self._lanes.host(lambda: None, tag="accumulate")
+        self._added[trained.name] = self._nothing_after(self._lanes.compute())
 
     def host_norms(self) -> list[tuple[Trained, Tensor, list[Event]]]:
         """See ``Sender.host_norms``."""
@@ -170,7 +170,7 @@ class RowOptimizer(Sender):
         for home in self._homes:
             behind = [rows for rows in home.tables if self._table[rows.name].history is not None]
             if behind:
-                home.stepped = self._lanes.host(
+                self._lanes.host(
                     partial(_catch_up, behind),
                     after=home.before_host_work(),
                     priority=home.flight.order,
@@ -326,11 +326,19 @@ class RowOptimizer(Sender):
         if gradient is None:
             table.forget()
             del self._added[table.name]
+        else:
+            self._added[table.name] = self._nothing_after(self._lanes.compute())
+
+    def _nothing_after(self, *events: Event) -> Event:
+        """What was done on this thread, as the host's work on a sum."""
+        return self._lanes.host(lambda: None, after=events, tag="accumulate")
 
     # Stepping.
 
     def _step(self, home: AdapterRows, tables: list[RowTable], groups: Groups, verdict: Verdict) -> Event:
-        after = [self._added[table.name] for table in tables] + home.before_host_work()
+        after = [self._added[table.name] for table in tables]
+        # an evaluation has read rows since; or backward is made again, and no forward has waited for the last step's
+        after += [event for event in (home.chosen, home.refreshed) if event is not None]
         after += [verdict.host_ready] if verdict.host_ready is not None else []
 
         def step() -> None:

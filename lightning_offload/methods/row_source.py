@@ -25,7 +25,8 @@ from lightning_offload.numerics.adapter import Picks, places_of, route, select, 
 Placement = Literal["host", "keys", "device"]
 
 TURNS = 2
-"""Host buffers of a kind: one that is being filled, one that is on its way."""
+"""Host buffers for gradients: one that is being filled, one that is added. One call follows the other, so of what
+calls need there is one."""
 
 PUBLISHED_UNION = 0.259
 """Share of the rows that a micro-batch uses, where nothing is real: that of the paper's example (2 x 256 tokens)."""
@@ -105,7 +106,7 @@ class AdapterRows:
 
     def before_host_work(self) -> list[Event]:
         """After these the tables may be read, and rows caught up."""
-        return [event for event in (self.chosen, self.stepped, self.refreshed) if event is not None]
+        return [event for event in (self.chosen, self.stepped) if event is not None]
 
 
 class Desk:
@@ -130,12 +131,12 @@ class Desk:
         self.lent: list[Fetched] = []
         self.used = [0, 0]
         self.expected_union = PUBLISHED_UNION
-        self.up = Staging(lanes, "rows up", dtype, TURNS, numel=fetches * numel)
+        self.up = Staging(lanes, "rows up", dtype, 1, numel=fetches * numel)
         self.down = Staging(lanes, "row gradients", dtype, TURNS, numel=numel)
-        self.tokens = Staging(lanes, "tokens", dtype, TURNS)
-        self.chosen = Staging(lanes, "experts", torch.int32, TURNS)
-        self.logits = Staging(lanes, "logits", torch.float32, TURNS)
-        self.numbers = Staging(lanes, "row numbers", torch.int32, TURNS)
+        self.tokens = Staging(lanes, "tokens", dtype, 1)
+        self.chosen = Staging(lanes, "experts", torch.int32, 1)
+        self.logits = Staging(lanes, "logits", torch.float32, 1)
+        self.numbers = Staging(lanes, "row numbers", torch.int32, 1)
         self.rows = Loans(lanes, "rows", dtype)
         self.indices = Loans(lanes, "row indices", torch.int32)
 
@@ -187,7 +188,6 @@ class _Call:
         tokens: T.
         experts: (T, E) on the device.
         places: (T, K') on the device: places in the union, where the device has selected.
-        before: Compute up to here had been issued when the call began.
         fetched: Where the host puts fetched rows.
         numbers: Where the host puts the numbers of the rows, and places where it has selected.
         count: U; known after ``AdapterRows.chosen``, expected before.
@@ -197,7 +197,6 @@ class _Call:
     tokens: int
     experts: Tensor
     places: Tensor | None
-    before: Event
     fetched: Slot
     numbers: Slot
     count: int
@@ -261,9 +260,9 @@ class LaneSource:
             sent.append(logits)
         landing = [slot.buffer[: t.numel()].view(t.shape) for slot, t in zip(slots, sent, strict=True)]
         free = [slot.free for slot in slots if slot.free is not None]
-        before = lanes.compute()
-        landed = lanes.copy(landing, sent, "d2h", after=[before, *free], priority=home.flight.order, tag="tokens")
-        call = self._make_call(experts, None, before)
+        after = [lanes.compute(), *free]
+        landed = lanes.copy(landing, sent, "d2h", after=after, priority=home.flight.order, tag="tokens")
+        call = self._make_call(experts, None)
 
         def choose() -> None:
             shown, chosen, *scores = landing
@@ -290,33 +289,31 @@ class LaneSource:
         keys = home.keys.shadow if home.keys_up is None else home.keys_up  # not read where nothing is left out
         picks = select(x, keys, experts, logits, group=self._group, top_k=self._settings.top_k)
         used, places = places_of(picks, self._settings.width)
-        before = lanes.compute()
-        free = [home.chosen] if home.chosen is not None else []
-        landed = lanes.copy(
-            [home.flags], [used], "d2h", after=[before, *free], priority=home.flight.order, tag="rows used"
-        )
-        call = self._make_call(experts, places, before)
+        after = [lanes.compute(), *([home.chosen] if home.chosen is not None else [])]
+        landed = lanes.copy([home.flags], [used], "d2h", after=after, priority=home.flight.order, tag="rows used")
+        call = self._make_call(experts, places)
         home.chosen = self._on_host(lambda: self._learn(call, home.flags.nonzero().flatten()), call, [landed])
         return call
 
-    def _make_call(self, experts: Tensor, places: Tensor | None, before: Event) -> _Call:
+    def _make_call(self, experts: Tensor, places: Tensor | None) -> _Call:
         home, desk, width = self._home, self._desk, self._settings.width
         fetched = desk.up.take(sum(t.master.numel() for t in home.fetched))
         numbers = desk.numbers.take(width + (len(experts) * self._picked if places is None else 0))
         count = min(max(int(desk.expected_union * width), self._picked), len(experts) * self._picked, width)
-        return _Call(len(experts), experts, places, before, fetched, numbers, count)
+        return _Call(len(experts), experts, places, fetched, numbers, count)
 
     def _on_host(self, choose: Callable[[], None], call: _Call, after: list[Event]) -> Event:
         home = self._home
         free = [slot.free for slot in (call.fetched, call.numbers) if slot.free is not None]
         moved = sum(2 * t.shadow.element_size() * t.master.shape[1] * call.count for t in home.fetched)
-        return self._desk.lanes.host(
+        call.fetched.free = call.numbers.free = chosen = self._desk.lanes.host(
             choose,
             after=[*after, *free, *home.before_host_work()],
             priority=home.flight.order,
             tag="select" if self._selects_on_host else "gather",
             traffic_bytes=moved + (home.keys.shadow.nbytes if self._selects_on_host else 0),
         )
+        return chosen
 
     def _learn(self, call: _Call, rows: Tensor) -> None:
         """The union is known: on the host, its rows are caught up and gathered."""
@@ -341,20 +338,20 @@ class LaneSource:
         chosen = count + (call.tokens * self._picked if call.places is None else 0)
         rows = desk.rows.lend(fetched, max(len(home.fetched) * home.keys.master.numel(), 1))
         numbers = desk.indices.lend(chosen, self._settings.width + call.tokens * self._picked)
-        free = [slot.free for slot in (rows, numbers) if slot.free is not None]
         up = lanes.copy(
-            [rows.buffer[:fetched], numbers.buffer[:chosen]],
+            [rows[:fetched], numbers[:chosen]],
             [call.fetched.buffer[:fetched], call.numbers.buffer[:chosen]],
             "h2d",
-            after=[home.chosen, call.before, *free],
+            after=[home.chosen],
             priority=home.flight.order,
             tag="rows",
         )
-        call.fetched.free = call.numbers.free = up
         lanes.wait_compute(up)
-        union_rows = numbers.buffer[:count].long()
-        places = numbers.buffer[count:chosen].view(call.tokens, -1).long() if call.places is None else call.places
-        shown = iter(rows.buffer[:fetched].view(-1, count, width))
+        union_rows = numbers[:count].long()
+        places = call.places
+        if places is None:
+            places = numbers[count:chosen].view(call.tokens, self._picked).long()
+        shown = iter(rows[:fetched].view(len(home.fetched), count, width))
         keys, values = (
             next(shown) if up_there is None else up_there.index_select(0, union_rows)
             for up_there in (home.keys_up, home.values_up)

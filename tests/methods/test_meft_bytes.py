@@ -137,14 +137,14 @@ def test_host_memory(top_k: int, placement: str, dtypes: str) -> None:
         "sums over micro-batches": 4 * rows,
     } | ({"rows as they go up": shadow * rows} if shadow else {})
     fetched = {"host": 2, "keys": 1, "device": 0}[placement]
-    staging = (fetched + 1) * width * WIDTH * item + 4 * width  # rows up, gradients down, numbers
+    staging = (fetched + TURNS) * width * WIDTH * item + 4 * width  # rows up, gradients down, numbers
     if placement == "host" and top_k == 6:
         staging += TOKENS * (WIDTH * item + 4 * 3 + 4 * 3 + 4 * top_k)  # tokens, experts, logits; places
-    assert own.holdings["rows and tokens on their way"] == TURNS * staging
+    assert own.holdings["rows and tokens on their way"] == staging
     report = engine.lanes.memory.report()
     of_steps = sum(usage.requested_bytes for name, usage in report.by_name.items() if name.startswith("verdict"))
     flags = DEPTH * width
-    assert report.requested_bytes == engine.host_bytes(engine.trained) + TURNS * staging + flags + of_steps
+    assert report.requested_bytes == engine.host_bytes(engine.trained) + staging + flags + of_steps
 
 
 def test_the_device_holds_what_is_used_however_wide_the_adapter() -> None:
