@@ -86,6 +86,7 @@ class Plan(Train):
     """`lightning-offload plan`: what a run takes, so that its arguments can be planned as they are."""
 
     compare: bool = False
+    union: float = MISSING
     output: str | None = None
 
 

@@ -136,6 +136,8 @@ TREE = {
     "lightning_offload/bench/quality_arms.py": "who trains the same weights: AdamW, the methods, LoRA and GaLore",
     "lightning_offload/bench/quality_runs.py": "one training of the shipped model, and a file that remembers each",
     "lightning_offload/bench/zeroth.py": "what zo2 learns at equal numbers of forwards",
+    "lightning_offload/bench/recall.py": "how many facts are recalled after each method has shown them",
+    "lightning_offload/bench/recall_arms.py": "who learns them: meft, the dense adapter, LoRA, all weights",
     "lightning_offload/bench/equal_loss.py": "time to equal loss: measured steps times planned seconds",
     "lightning_offload/bench/measure.py": "turns, medians, ratios",
     "lightning_offload/bench/report.py": "what was measured, as JSON and as Markdown",

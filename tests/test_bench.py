@@ -20,6 +20,7 @@ from lightning_offload.bench import (
     SECTIONS,
     BenchSettings,
     QualitySettings,
+    RecallSettings,
     Report,
     Row,
     Table,
@@ -64,6 +65,7 @@ QUICK = BenchSettings(
     sections=["host"],
     quality=QualitySettings(arms=["adamw"], steps=1, batch=1, length=16, seeds=1, jobs=1),
     zeroth=ZerothSettings(arms=["rademacher"], forwards=16, seeds=1),
+    recall=RecallSettings(arms=["meft 256"], steps=1, batch=1, seeds=1),
 )
 WORK = Workload(title="tiny", config=TINY, batch=1, length=8, device="cpu", precision="32-true")
 RATES = Rates(
@@ -116,7 +118,7 @@ def test_every_section_runs_on_the_cpu_and_yields_finite_positive_numbers(name: 
         timed = [row for row in table.rows if row.samples_s]
         assert len(timed) == (
             0
-            if name in ("rates", "simulated", "published", "published_zo2", "prediction", "quality", "zeroth")
+            if name in ("rates", "simulated", "published", "published_zo2", "prediction", "quality", "zeroth", "recall")
             else len(table.rows)
         )
         assert all(second > 0 for row in timed for second in row.samples_s)
@@ -138,7 +140,7 @@ def test_what_this_machine_cannot_is_left_out_and_said(monkeypatch: pytest.Monke
     monkeypatch.setattr(sections, "SECTIONS", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report, _ = _run(replace(QUICK, sections=None))
-    assert [table.section for table in report.tables] == ["training", "prediction", "quality", "zeroth"]
+    assert [table.section for table in report.tables] == ["training", "prediction", "quality", "zeroth", "recall"]
     assert all("sections=[" in left_out.markdown() for left_out in report.tables)
     assert all("no CUDA device" in left_out.markdown() for left_out in report.tables[:2])
 
@@ -384,7 +386,7 @@ def test_the_bound_of_full_is_that_of_a_plan_but_for_what_it_does_not_count(slow
     [
         (
             {"sections": ["hots"]},
-            r"no section 'hots'; there are rates, host, overhead, simulated, noise, published, .*, zeroth",
+            r"no section 'hots'; there are rates, host, overhead, simulated, noise, published, .*, recall",
         ),
         ({"models": ["opt_3b"]}, r"no model 'opt_3b'; there are gpt2, .*opt_175b.*qwen3_8b"),
         ({"rounds": 0}, r"rounds=0: give at least 1"),

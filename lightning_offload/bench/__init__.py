@@ -5,8 +5,19 @@ little, ratios within a round do.
 """
 
 from lightning_offload.bench.quality import QualitySettings
+from lightning_offload.bench.recall import RecallSettings
 from lightning_offload.bench.report import Report, Row, Table
 from lightning_offload.bench.sections import SECTIONS, BenchSettings, run_bench
 from lightning_offload.bench.zeroth import ZerothSettings
 
-__all__ = ["SECTIONS", "BenchSettings", "QualitySettings", "Report", "Row", "Table", "ZerothSettings", "run_bench"]
+__all__ = [
+    "SECTIONS",
+    "BenchSettings",
+    "QualitySettings",
+    "RecallSettings",
+    "Report",
+    "Row",
+    "Table",
+    "ZerothSettings",
+    "run_bench",
+]

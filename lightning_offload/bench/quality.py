@@ -126,7 +126,8 @@ def measure(name: str, gsm8k: str | None, settings: QualitySettings) -> Outcome:
         raise CannotRun(why)
 
     def result(rate: float, seed: int, split: str) -> Result:
-        return cache.result(settings.run(name, rate=rate, seed=seed, split=split, gsm8k=gsm8k))
+        found: Result = cache.result(settings.run(name, rate=rate, seed=seed, split=split, gsm8k=gsm8k))
+        return found
 
     rate = best_rate(lambda rate: result(rate, TUNING_SEED, "val").loss, arm.rate)
     seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + settings.seeds)

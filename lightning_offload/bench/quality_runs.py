@@ -219,14 +219,17 @@ class Cache:
     Args:
         folder: Made where it is not there.
         trainer: What takes a run to its result; ``train`` by default.
+        kind: Of that result.
     """
 
-    def __init__(self, folder: Path, trainer: Callable[[Any], Result] | None = None) -> None:
+    def __init__(
+        self, folder: Path, trainer: Callable[[Any], Result] | None = None, kind: type[Result] = Result
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file, self._train = folder / "quality.jsonl", trainer or train
+        self.file, self._train, self._kind = folder / "quality.jsonl", trainer or train, kind
 
-    def result(self, run: Any) -> Result:
-        """Of this run, a dataclass: from the file, or trained now."""
+    def result(self, run: Any) -> Any:
+        """Of this run, a dataclass, in ``kind``: from the file, or trained now."""
         found = self._read(run)
         if found is None:
             found = self._train(run)
@@ -241,5 +244,5 @@ class Cache:
         for line in map(json.loads, lines):
             if line["run"] == wanted:
                 curve = [(step, loss) for step, loss in line["result"].pop("curve")]
-                return Result(curve=curve, **line["result"])
+                return self._kind(curve=curve, **line["result"])
         return None

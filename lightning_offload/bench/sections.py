@@ -16,6 +16,7 @@ from lightning_offload.bench.host import host_phase
 from lightning_offload.bench.noise import noise_cost
 from lightning_offload.bench.prediction import predictions
 from lightning_offload.bench.quality import QualitySettings, quality
+from lightning_offload.bench.recall import RecallSettings, recall
 from lightning_offload.bench.report import Report, Row, Table, environment
 from lightning_offload.bench.simulated import beside_published, machines, simulate
 from lightning_offload.bench.simulated_zo2 import beside_zo2
@@ -71,6 +72,7 @@ class BenchSettings:
         length: Tokens of each.
         quality: Of the section of that name.
         zeroth: Likewise.
+        recall: Likewise.
 
     Raises:
         ValueError: A section or a model that there is not, or a number below 1.
@@ -86,6 +88,7 @@ class BenchSettings:
     length: int = 1024
     quality: QualitySettings = field(default_factory=QualitySettings)
     zeroth: ZerothSettings = field(default_factory=ZerothSettings)
+    recall: RecallSettings = field(default_factory=RecallSettings)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, naming the setting and what there is."""
@@ -209,6 +212,7 @@ SECTIONS: dict[str, Section] = {
         lambda settings: quality(settings.quality), lambda: _whole_trainings("quality", "over a hundred")
     ),
     "zeroth": Section(lambda settings: zeroth(settings.zeroth), lambda: _whole_trainings("zeroth", "21")),
+    "recall": Section(lambda settings: recall(settings.recall), lambda: _whole_trainings("recall", "33")),
 }
 """By name, in the order of a run."""
 

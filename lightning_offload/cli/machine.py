@@ -23,13 +23,14 @@ def doctor(cfg: DictConfig) -> int:
 
 def bench(cfg: DictConfig) -> int:
     """Measure, print the tables, and write them as JSON and Markdown."""
-    from lightning_offload.bench import BenchSettings, QualitySettings, ZerothSettings, run_bench
+    from lightning_offload.bench import BenchSettings, QualitySettings, RecallSettings, ZerothSettings, run_bench
 
     with user_errors():
         names = {field.name for field in fields(BenchSettings)}
         plain = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(plain, dict)
-        plain["quality"], plain["zeroth"] = QualitySettings(**plain["quality"]), ZerothSettings(**plain["zeroth"])
+        kinds = {"quality": QualitySettings, "zeroth": ZerothSettings, "recall": RecallSettings}
+        plain |= {name: kind(**plain[name]) for name, kind in kinds.items()}
         settings = BenchSettings(**{str(name): value for name, value in plain.items() if name in names})
     folder = Path(cfg.output or HydraConfig.get().runtime.output_dir)
     run_bench(settings, folder)

@@ -1,0 +1,134 @@
+"""Who learns facts in the bench of recall: adapters beside feed-forward networks, LoRA, and all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lightning_offload.bench.arms import not_installed
+from lightning_offload.methods.meft import MEFTSettings
+from lightning_offload.methods.sparse_adapter import attach_parameters
+
+
+@dataclass
+class Trained:
+    """What torch's own loop trains, counted with its weights.
+
+    Attributes:
+        optimizer: Carries the rate.
+        on_device: What is trained there.
+        on_host: What ``meft`` keeps on the host.
+    """
+
+    optimizer: AdamW
+    on_device: list[nn.Parameter]
+    on_host: list[nn.Parameter] = field(default_factory=list)
+
+    def step(self, loss: Tensor) -> None:
+        """One step."""
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def device_bytes(self) -> int:
+        """Weights and moments on the device, once there was a step."""
+        return self._bytes(self.on_device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Likewise, on the host."""
+        return self._bytes(self.on_host)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in (*self.on_device, *self.on_host))
+
+    def _bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        kept = [(p, *self.optimizer.state[p].values()) for p in parameters]
+        return sum(t.numel() * t.element_size() for own in kept for t in own if t.dim())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallArm:
+    """A way to train.
+
+    Attributes:
+        make: From the network, the rate and ``settings`` to what trains it.
+        settings: By name.
+        rate: Highest learning rate; chosen with seed 0 on validation facts.
+        why_not: Why this machine cannot run it, if it cannot.
+        note: What its name does not say.
+    """
+
+    make: Callable[..., Trained]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rate: float
+    why_not: Callable[[], str | None] = lambda: None
+    note: str
+
+
+def _all(network: Any, rate: float) -> Trained:
+    parameters = list(network.parameters())
+    return Trained(_adamw(parameters, rate), parameters)
+
+
+def _lora(network: Any, rate: float, *, rank: int, alpha: int, targets: str | list[str]) -> Trained:
+    from peft import LoraConfig
+
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    added = [p for p in network.parameters() if p.requires_grad]
+    return Trained(_adamw(added, rate), added)
+
+
+def _meft(network: Any, rate: float, *, on_host: bool = True, **settings: Any) -> Trained:
+    """Plain torch on the adapters, which the engine equals bit for bit; bytes are those of ``placement="host"``."""
+    asked = MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters()
+    adapters = attach_parameters(network, **asked)
+    rows = [p for adapter in adapters for p in (adapter.keys, adapter.values)]
+    routers = [adapter.router for adapter in adapters] if asked["gate"] == "logit" else []
+    optimizer = _adamw(rows + routers, rate)
+    return Trained(optimizer, routers, rows) if on_host else Trained(optimizer, rows + routers)
+
+
+def _adamw(parameters: list[nn.Parameter], rate: float) -> AdamW:
+    return AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+
+
+_DENSE = {"gate": "none", "experts": 1, "active_experts": 1, "top_k": 1024}
+_QV = ["q_proj", "v_proj"]
+
+
+def _meft_arm(rate: float, note: str, **settings: Any) -> RecallArm:
+    return RecallArm(make=_meft, settings=settings, rate=rate, note=note)
+
+
+def _lora_arm(rank: int, rate: float, note: str, *, alpha: int, targets: str | list[str] = "all-linear") -> RecallArm:
+    settings = {"rank": rank, "alpha": alpha, "targets": targets}
+    why_not = partial(not_installed, "peft", "peft")
+    return RecallArm(
+        make=_lora, settings=settings, rate=rate, why_not=why_not, note=f"rank {rank}, alpha {alpha}: {note}"
+    )
+
+
+RECALL_ARMS: Mapping[str, RecallArm] = {
+    "meft 256": _meft_arm(3e-3, "the defaults at this width", width=256),
+    "meft 512": _meft_arm(3e-3, "likewise", width=512),
+    "meft 1024": _meft_arm(3e-3, "likewise", width=1024),
+    "meft 2048": _meft_arm(3e-3, "likewise", width=2048),
+    "meft paper 1024": _meft_arm(3e-3, "variant='paper'", width=1024, variant="paper"),
+    "dense 1024": _meft_arm(3e-3, "the parallel adapter, all of it on the device", on_host=False, **_DENSE, width=1024),
+    "lora 7": _lora_arm(7, 3e-3, "all linears, the device bytes of meft 1024, or just above", alpha=14),
+    "lora 112": _lora_arm(112, 3e-3, "all linears, trained parameters as meft 1024", alpha=224),
+    "lora qv 32": _lora_arm(32, 3e-3, "q and v, the device bytes of meft 1024", alpha=16, targets=_QV),
+    "lora qv 544": _lora_arm(544, 3e-3, "q and v, trained parameters as meft 1024", alpha=16, targets=_QV),
+    "adamw": RecallArm(make=_all, rate=1e-3, note="all weights"),
+}
+"""By name, and what they add: rows or rank."""
