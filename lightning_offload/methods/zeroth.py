@@ -127,6 +127,7 @@ class ZerothEngine:
         resident = resident_units(self.units, settings, dtypes)
         if machine is not None:
             self._require_host(machine, resident)
+        self._check_dtypes(group_of)
         self.streaming = Perturbed(
             module,
             self.units,
@@ -462,25 +463,28 @@ class ZerothEngine:
     # Attaching.
 
     def _make_noise(self) -> Noise:
-        settings, dtypes = self.method.settings, self.dtypes
+        settings = self.method.settings
         if settings.noise == "philox":
             assert settings.seed is not None, "resolve the method first"
-            for leaf in self.trained:
-                if not {leaf.rest.dtype, leaf.compute} <= set(DTYPES):
-                    raise ValueError(
-                        f"noise='philox' moves weights in float32, but `{leaf.name}` is kept in {leaf.rest.dtype} and "
-                        f"seen in {leaf.compute}: pass a model in float32 or 16 bits, or noise='mezo' with one dtype "
-                        "for both"
-                    )
-            return PhiloxNoise(settings.seed, settings.eps, settings.distribution, dtypes.rounding)
+            return PhiloxNoise(settings.seed, settings.eps, settings.distribution, self.dtypes.rounding)
         leaves = sorted(self.trained, key=lambda leaf: leaf.place)
-        for leaf in leaves:
-            if leaf.compute != leaf.rest.dtype:
-                raise ValueError(
-                    f"noise='mezo' keeps weights as forwards see them, but `{leaf.name}` is kept in {leaf.rest.dtype} "
-                    f"and seen in {leaf.compute}: leave `wire` and `master` of `OffloadPrecision` out"
-                )
         return MezoNoise(leaves, settings.eps, self.lanes.device)
+
+    def _check_dtypes(self, trained: Collection[int]) -> None:
+        """Before any weight has moved."""
+        named = {n: p for n, p in self.module.named_parameters() if id(p) in trained}
+        for name, parameter in named.items():
+            kept, seen = stored_dtype(parameter, self.dtypes), compute_dtype(parameter, self.dtypes)
+            if self.method.settings.noise == "philox" and not {kept, seen} <= set(DTYPES):
+                raise ValueError(
+                    f"noise='philox' moves weights in float32, but `{name}` is kept in {kept} and seen in {seen}: pass "
+                    "a model in float32 or 16 bits, or noise='mezo' with one dtype for both"
+                )
+            if self.method.settings.noise == "mezo" and kept != seen:
+                raise ValueError(
+                    f"noise='mezo' keeps weights as forwards see them, but `{name}` is kept in {kept} and seen in "
+                    f"{seen}: leave `wire` and `master` of `OffloadPrecision` out"
+                )
 
     def _require_calls(self, uses: Uses) -> None:
         owner = {name: unit for unit in self.units for name in unit.parameters}

@@ -142,7 +142,8 @@ def test_philox_noise_moves_what_fp32_holds(wire: torch.dtype | None) -> None:
     message = f"`embed.weight` is kept in {kept} and seen in torch.float64: pass a model in float32 or 16 bits.*'mezo'"
     with pytest.raises(ValueError, match=message):
         make_engine(net, dtypes=DTypes(wire=wire))
-    make_engine(net.double(), noise="mezo").detach()
+    assert {p.dtype for p in net.parameters()} == {torch.float64}, "refused before any weight was rounded"
+    make_engine(net, noise="mezo").detach()
 
 
 class Calling(nn.Linear):
