@@ -129,9 +129,15 @@ def network_of(module: nn.Module) -> Any:
     """The transformers model in ``module``: the first in which all its adapters are; without one ``module``."""
     own = {id(part) for part in module.modules() if isinstance(part, SparseAdapter)}
     for part in module.modules():
-        if _is_stock(part) and own <= {id(child) for child in part.modules()}:
+        if is_stock(part) and own <= {id(child) for child in part.modules()}:
             return part
     return module
+
+
+def is_stock(part: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
+    kind = type(part)
+    return all(hasattr(kind, name) for name in ("save_pretrained", "get_input_embeddings")) and hasattr(part, "config")
 
 
 def adapters_by_path(network: nn.Module) -> dict[str, SparseAdapter]:
@@ -180,11 +186,6 @@ class _Files:
     config: Mapping[str, Any]
     settings: AdapterSettings
     tensors: Mapping[str, Tensor]
-
-
-def _is_stock(part: nn.Module) -> bool:
-    kind = type(part)
-    return all(hasattr(kind, name) for name in ("save_pretrained", "get_input_embeddings")) and hasattr(part, "config")
 
 
 def _named(adapters: Mapping[str, SparseAdapter]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -303,7 +304,7 @@ def _refuse_engine(adapters: Any) -> None:
 
 def _is_checked(network: nn.Module, adapters: Mapping[str, SparseAdapter]) -> bool:
     """Whether the model can be asked for logits by itself."""
-    plain = _is_stock(network) and not getattr(network.config, "is_encoder_decoder", False)
+    plain = is_stock(network) and not getattr(network.config, "is_encoder_decoder", False)
     return plain and all(adapter.source is None for adapter in adapters.values())
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_offload.adapters import adapted_ffns, adapters_by_path, network_of
+from lightning_offload.adapters import adapted_ffns, adapters_by_path, is_stock, network_of
 from lightning_offload.checkpoint import compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.methods.ffn import FFN, input_of, output_of
@@ -45,13 +45,16 @@ def merge_meft_adapter(module: Module, *, dense: bool = False) -> Module:
     Raises:
         OffloadError: It would not be exact; says why. Nothing has been changed then.
         ValueError: ``module`` has no adapters.
+        TypeError: It holds no transformers model.
     """
     network = network_of(module)
     adapters = adapters_by_path(network)
+    kind = type(module).__name__
     if not adapters:
-        raise ValueError(f"this {type(module).__name__} has no adapters to merge")
-    first = next(iter(adapters.values()))
-    _check_settings(first.settings, dense=dense)
+        raise ValueError(f"this {kind} has no adapters to merge")
+    if not is_stock(network):
+        raise TypeError(f"merging needs a transformers model, whose config says how wide networks are; got a {kind}")
+    _check_settings(next(iter(adapters.values())).settings, dense=dense)
     if any(adapter.source is not None for adapter in adapters.values()):
         raise OffloadError("the rows of these adapters are in the hands of a Trainer; merge them after it has fitted")
     merged = [_Merged(ffn, *_linears(ffn), ffn.holder.get_submodule("meft")) for ffn in adapted_ffns(network)]  # type: ignore[arg-type]
