@@ -67,6 +67,7 @@ def test_a_plan_is_printed_written_and_drawn(run, capsys) -> None:
         "full",
         "lsp",
         "zo2",
+        "meft",
     }
     assert imread("out/plan.png").std() > 0
     out = capsys.readouterr().out
@@ -106,7 +107,7 @@ def test_dtypes_that_a_method_refuses_leave_it_out_of_a_comparison(run, capsys) 
     made = planned(run, *SMALL, "method=zo2", "precision.wire=float16", "compare=true")
     assert [other["method"] for other in made["others"]] == ["none"]
     refused = [note for note in made["notes"] if "cannot be compared" in note]
-    assert [note.split()[0] for note in refused] == ["zero-offload", "full", "lsp"]
+    assert [note.split()[0] for note in refused] == ["zero-offload", "full", "lsp", "meft"]
     assert all("OffloadPrecision(wire=torch.float16)" in note for note in refused)
     assert run("plan", *SMALL, "method=full", "precision.wire=float16") != 0
     assert "`OffloadPrecision(wire=torch.float16)` is not supported by method `full`" in capsys.readouterr().err

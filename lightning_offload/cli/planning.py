@@ -26,7 +26,8 @@ def plan(cfg: DictConfig) -> int:
         machine = machine_from(_plain(cfg.hardware))
         optimizer = build(cfg, "optimizer")
         model = _model_without_weights(cfg, optimizer)
-        made = make_plan(model, _batch(cfg, model), hardware=machine, compare=cfg.compare, **_how(cfg))
+        batch = _batch(cfg, model)
+        made = make_plan(model, batch, hardware=machine, compare=cfg.compare, union=cfg.union, **_how(cfg))
     print(f"\n{made}")
     if cfg.output:
         folder = Path(cfg.output)

@@ -13,12 +13,14 @@ from torch.nn.parameter import is_lazy
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.methods.base import Clip
+from lightning_offload.methods.row_source import PUBLISHED_UNION
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.twin import Step
 from lightning_offload.planning.advice import advise
 from lightning_offload.planning.methods import (
     METHODS,
     PRECISIONS,
+    SPARSE,
     ZEROTH,
     Precision,
     default_optimizer,
@@ -43,6 +45,7 @@ def plan(
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: Literal["norm", "value"] = "norm",
     step: Step | None = None,
+    union: float = PUBLISHED_UNION,
     compare: bool = False,
 ) -> Plan:
     """Predict one training step: memory by place, time by lane, whether it fits, and what to change if not.
@@ -54,9 +57,9 @@ def plan(
     Args:
         module: A ``LightningModule``, or any module; on any device, ``meta`` included (``with torch.device("meta")``).
         batch: One micro-batch, as ``training_step`` gets it; values do not matter.
-        method: ``"full"``, ``"lsp"``, ``"zo2"``, ``"none"`` (everything on the device) or ``"zero-offload"`` (its
-            schedule).
-        settings: Of the method (``LSPSettings`` for lsp, ``ZO2Settings`` for zo2, else ``FullSettings``); its
+        method: ``"full"``, ``"lsp"``, ``"zo2"``, ``"meft"``, ``"none"`` (everything on the device) or
+            ``"zero-offload"`` (its schedule).
+        settings: Of the method (``LSPSettings``, ``ZO2Settings``, ``MEFTSettings``, else ``FullSettings``); its
             ``max_device_gib`` and ``max_host_gib`` make the machine smaller, as in a run.
         precision: As for the Trainer; ``"16-true"`` for zo2 alone. Or an ``OffloadPrecision``.
         hardware: A name of ``conf/hardware`` (``"rtx4090"``, ``"laptop_4gb"``), ``"auto"`` for this machine (measured
@@ -66,6 +69,7 @@ def plan(
         gradient_clip_val: As for the Trainer.
         gradient_clip_algorithm: As for the Trainer.
         step: ``(module, batch) -> loss`` for modules whose own step does not run without values, or steps by itself.
+        union: Of meft: share of a layer's rows that the tokens of a micro-batch use, which only data can tell.
         compare: Also plan all other methods; one that cannot be planned is left out, and a note says why.
 
     Raises:
@@ -79,7 +83,9 @@ def plan(
     name: Any = precision if plugin is None else plugin.precision
     _check_choices(method, name, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
     _check_objects(module, method, settings, optimizer)
-    _check_parameters(module, optimizer)
+    _check_parameters(module, optimizer, frozen=method == SPARSE)
+    if not 0 < union <= 1:
+        raise ValueError(f"`union` must be a share, above 0 and at most 1, got {union!r}")
     settings = settings or settings_of(method)()
     machine = _machine(hardware).capped(device_bytes=settings.max_device_bytes, host_bytes=settings.max_host_bytes)
     scenario = Scenario(
@@ -94,6 +100,7 @@ def plan(
         clip=Clip(gradient_clip_val, gradient_clip_algorithm) if gradient_clip_val else None,
         optimizer=optimizer,
         step=step,
+        union=union,
     )
     made = Dry(scenario).plan()
     others, notes = _others(scenario) if compare else ([], [])
@@ -160,8 +167,8 @@ def _check_objects(module: object, method: str, settings: object, optimizer: obj
         )
 
 
-def _check_parameters(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a module without shapes or with nothing to train, and an optimizer of something else."""
+def _check_parameters(module: nn.Module, optimizer: torch.optim.Optimizer | None, *, frozen: bool) -> None:
+    """Refuse a module without shapes or with nothing to train but where it is frozen, and an optimizer of others."""
     owner = type(module).__name__
     lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
     if lazy:
@@ -175,7 +182,7 @@ def _check_parameters(module: nn.Module, optimizer: torch.optim.Optimizer | None
             'call `module.configure_model()` first (under `torch.device("meta")` nothing is allocated)'
         )
     known = {id(parameter) for parameter in module.parameters()}
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    if not frozen and not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(f"`module` ({owner}) has no parameter with requires_grad=True: nothing to train")
     groups = optimizer.param_groups if optimizer is not None else []
     if any(id(parameter) not in known for group in groups for parameter in group["params"]):

@@ -13,8 +13,9 @@ from typing import Literal
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.lsp import LSPSettings
+from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.zo2 import ZO2Settings
-from lightning_offload.planning.methods import FULL, NATIVE, SUBSPACE, ZEROTH
+from lightning_offload.planning.methods import FULL, NATIVE, SERIAL, SPARSE, SUBSPACE, ZEROTH
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Plan
 from lightning_offload.planning.scenario import Dry, Scenario, has_checkpointing
 
@@ -255,7 +256,9 @@ def _micro_batches(scenario: Scenario, size: int) -> _Change:
 def _accumulate_elsewhere(tried: _Tried) -> list[_Change]:
     """On the device where the host has too little, in host memory where the device has."""
     scenario, plan = tried.scenario, tried.plan
-    if scenario.method in (NATIVE, ZEROTH) or scenario.micro_batches < 2 or scenario.machine.device_type == "cpu":
+    if scenario.method not in (SERIAL, FULL, SUBSPACE):
+        return []
+    if scenario.micro_batches < 2 or scenario.machine.device_type == "cpu":
         return []
     sums = plan.host.holds.get(SUMS, 0)
     if sums and not plan.host.fits:
@@ -298,7 +301,7 @@ def _narrow() -> _Change:
 def _project(tried: _Tried) -> list[_Change]:
     """No masters, and states of d x d; updates are in a subspace then. Saves a part of the arenas and nothing else."""
     arenas = sum(count for kind, count in tried.plan.host.holds.items() if kind != THE_RUN_ITSELF)
-    if tried.scenario.method in (SUBSPACE, ZEROTH) or tried.plan.host.fits or _missing(tried.plan) > arenas:
+    if tried.scenario.method in (SUBSPACE, ZEROTH, SPARSE) or tried.plan.host.fits or _missing(tried.plan) > arenas:
         return []
     words = "updates in a subspace of each linear weight, whose state is d x d (strategy `lsp_offload`)"
     return [_Change(words, "method=lsp", lambda scenario: replace(scenario, method=SUBSPACE))]
@@ -321,9 +324,41 @@ def _smaller_dim(tried: _Tried) -> list[_Change]:
     ]
 
 
+def _rows_at_home(tried: _Tried) -> list[_Change]:
+    """Of meft: no keys, no values but those in use."""
+    settings = tried.scenario.settings
+    if not isinstance(settings, MEFTSettings) or settings.placement == "host" or tried.plan.device.fits:
+        return []
+    return [
+        _Change(
+            "keys in host memory too, where rows are then chosen (`placement='host'` of the strategy)",
+            "trainer.strategy.placement=host",
+            lambda scenario: replace(scenario, settings=replace(scenario.settings, placement="host")),  # type: ignore[call-arg]
+        )
+    ]
+
+
+def _narrower(tried: _Tried) -> list[_Change]:
+    """Of meft: half the rows, down to those that a token uses."""
+    settings = tried.scenario.settings
+    if not isinstance(settings, MEFTSettings) or tried.plan.host.fits:
+        return []
+    width = settings.width // 2
+    if settings.width % 2 or width < settings.top_k or (settings.experts != "auto" and width % settings.experts):
+        return []
+    return [
+        _Change(
+            f"adapters of half as many rows (`width={width}` of the strategy)",
+            f"trainer.strategy.width={width}",
+            lambda scenario: replace(scenario, settings=replace(scenario.settings, width=width)),  # type: ignore[call-arg]
+        )
+    ]
+
+
 def _keep_on_device(tried: _Tried) -> list[_Change]:
     """Where the host is what is too small; under bf16-true small updates would be lost without masters."""
-    if tried.scenario.method in (NATIVE, ZEROTH) or tried.plan.host.fits or tried.scenario.precision == "bf16-true":
+    others = (NATIVE, ZEROTH, SPARSE)
+    if tried.scenario.method in others or tried.plan.host.fits or tried.scenario.precision == "bf16-true":
         return []
     return [
         _Change(
@@ -344,13 +379,15 @@ _PROPOSALS: tuple[_Proposal, ...] = (
     _precision,
     _project,
     _smaller_dim,
+    _rows_at_home,
+    _narrower,
 )
 """In the order in which they are put together: what changes least first."""
 
 _TRANSIENT_ONLY = (_checkpoint, _chunked_loss, _share_visits, _smaller_batch)
 """Those that save nothing of what is held all the time."""
 
-_LASTING = (_offload, _accumulate_elsewhere, _precision, _project, _smaller_dim)
+_LASTING = (_offload, _accumulate_elsewhere, _precision, _project, _smaller_dim, _rows_at_home, _narrower)
 """Those that do."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
-from lightning_offload.planning.methods import SUBSPACE, ZEROTH
+from lightning_offload.planning.methods import SPARSE, SUBSPACE, ZEROTH
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Memory, Plan
 from lightning_offload.planning.words import (
     count,
@@ -36,7 +36,19 @@ _ZO2 = {
     "h2d": "weights, host to device",
 }
 _ZO2_ON_CPU = {"compute": _ZO2["compute"], "d2h": "copies of weights back"}
-_OF_METHOD = {(SUBSPACE, False): _LSP, (ZEROTH, False): _ZO2, (ZEROTH, True): _ZO2_ON_CPU}
+_MEFT = {
+    "compute": "forward, backward, choosing rows",
+    "d2h": "what is chosen, gradient rows",
+    "host": "rows chosen, gathered, stepped",
+    "h2d": "rows, host to device",
+}
+_OF_METHOD = {
+    (SUBSPACE, False): _LSP,
+    (ZEROTH, False): _ZO2,
+    (ZEROTH, True): _ZO2_ON_CPU,
+    (SPARSE, False): _MEFT,
+    (SPARSE, True): {**_MEFT, "d2h": "copies of gradient rows", "h2d": "copies of rows"},
+}
 """By method, and whether the CPU is the device."""
 _ON_CPU = {
     "compute": "forward, backward, steps in place",

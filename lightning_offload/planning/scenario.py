@@ -31,6 +31,7 @@ from lightning_offload.methods.twin import HostRead, Step, Twin, forward_context
 from lightning_offload.methods.zeroth_dryrun import ZerothDriver, ZerothDryRun
 from lightning_offload.methods.zo2 import ZO2
 from lightning_offload.parts import parts_of
+from lightning_offload.planning import rows
 from lightning_offload.planning.methods import (
     FULL,
     NATIVE,
@@ -325,11 +326,16 @@ class Dry:
         return dict(sums)
 
     def _traffic(self) -> Iterator[str]:
-        """What lsp moves, and what full would have; what zo2 leaves unused."""
+        """What lsp and meft move, and what others would have; what zo2 leaves unused."""
         driver = self.run.driver
         if isinstance(driver, ZerothDriver) and self.timing.kinds:
             yield from tips(self.scenario, self.timing, self.device, driver.engine)
-        if isinstance(driver, EngineDriver) and driver.engine.own is not None and self.timing.kinds:
+        if not isinstance(driver, EngineDriver) or driver.engine.own is None or not self.timing.kinds:
+            return
+        if isinstance(driver.engine.own, RowOptimizer):
+            tokens, _ = count_of(self.scenario.batch)
+            yield from rows.notes(self.timing, driver.engine, driver.engine.own, self.scenario.micro_batches, tokens)
+        else:
             totals = {kind: total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d")}
             whole = sum(t.parameter.nbytes for t in driver.engine.own.trained) / totals["h2d", "deltas"]
             moved = sum(totals.values())

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_offload.memory.ledger import Span, Total
 from lightning_offload.methods.dryrun import Timing
-from lightning_offload.planning.methods import NATIVE, SUBSPACE, ZEROTH
+from lightning_offload.planning import rows
+from lightning_offload.planning.methods import NATIVE, SPARSE, SUBSPACE, ZEROTH
 from lightning_offload.planning.streamed import bottleneck, bound_s
 from lightning_offload.planning.words import seconds
 
@@ -60,7 +61,7 @@ class Waiting:
 
     @property
     def _up_s(self) -> float:
-        return self._of_lane("h2d", "weights") + self._of_lane("h2d", "deltas")
+        return sum(self._of_lane("h2d", kind) for kind in ("weights", "deltas", "rows that stay"))
 
     def _tail_s(self, *lanes: str) -> float:
         """The way of the unit that is needed first, whose last gradient comes last: down, stepped, up."""
@@ -82,6 +83,8 @@ class Waiting:
         stall_s = timing.step_s - timing.compute_s
         if stall_s < 0.05 * timing.step_s:
             return f"the device's compute ({100 * timing.compute_s / timing.step_s:.0f} % of the step)"
+        if self.scenario.method == SPARSE:
+            return rows.bottleneck(timing)
         down_s = timing.lanes.get("d2h", Total()).seconds
         if down_s > max(self._of_lane("host", "step"), self._up_s, timing.backward_s):
             return f"the link down: gradients take {seconds(down_s)}"

@@ -147,7 +147,7 @@ def test_optimizers_that_need_the_trainer_are_passed() -> None:
 @pytest.mark.parametrize(
     ("make", "settings", "said"),
     [
-        (Plain, {"method": "fulll"}, "`method` must be one of none, zero-offload, full, lsp, zo2, got 'fulll'"),
+        (Plain, {"method": "fulll"}, "`method` must be one of none, zero-offload, full, lsp, zo2, meft, got 'fulll'"),
         (Plain, {"hardware": "rtx9"}, "`hardware` must be a Machine or one of a100, auto, .*, got 'rtx9'"),
         (Plain, {"precision": "16"}, "`precision` must be one of 32-true, bf16-mixed, bf16-true, 16-true, got '16'"),
         (Plain, {"precision": "16-true"}, "`precision='16-true'` is for method 'zo2', got method='full'.*pass"),
@@ -216,9 +216,10 @@ def test_methods_that_a_model_cannot_have_are_left_out_of_a_comparison() -> None
     assert [other.method for other in compared.others] == ["zo2"]  # with SGD: it takes no other's optimizer
     said = [note for note in compared.notes if "cannot be compared" in note]
     assert [note.split(": ")[0] for note in said] == [
-        f"{m} cannot be compared" for m in ("zero-offload", "full", "lsp")
+        f"{m} cannot be compared" for m in ("zero-offload", "full", "lsp", "meft")
     ]
-    assert all("RMSprop" in note for note in said)
+    assert ["RMSprop" in note for note in said] == [True, True, True, False]
+    assert "No feed-forward network was found" in said[-1]
 
 
 @pytest.mark.parametrize("kind", [Plain, Unique, Breaks])
