@@ -66,9 +66,9 @@ class MEFTSettings(GradientSettings):
         scope: ``"token"`` or ``"union"``; ``None`` is the variant's.
         placement: Where rows live beside the host: ``"host"`` (nowhere), ``"keys"`` (keys on the device too, for
             scoring), ``"device"`` (keys and values too), or ``"auto"``: ``"keys"`` while they fit.
-        row_optimizer: ``"dense"`` (every row in every step), ``"deferred"`` (the same, paid when a row is touched),
-            ``"lazy"`` (SparseAdam: rows that are not touched stand still) or ``"auto"``: dense while more than 0.1 of
-            a layer's rows are touched per step, else deferred.
+        row_optimizer: ``"dense"`` (every row in every step), ``"deferred"`` (the same, paid when a row is touched; of
+            keys that are scored every row is stepped), ``"lazy"`` (SparseAdam: rows that are not touched stand still)
+            or ``"auto"``: dense while more than 0.1 of a layer's rows are touched per step, else deferred.
         layers: ``"all"``, or indices of blocks, negative ones from the end.
         targets: Feed-forward networks by name (the end of a path) or regular expression, where they are not found.
         router_init: ``"keys"`` (50 times the mean of the expert's keys) or ``"normal"``.
