@@ -18,6 +18,8 @@ from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.lanes import nbytes
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.meft import MEFT
+from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.streaming import Berth
 from lightning_offload.methods.zeroth import ZerothEngine
 
@@ -31,7 +33,8 @@ class OffloadStats(Callback):
     on a GPU the link's ``d2h GB/s`` and ``h2d GB/s`` over the wall time. Logged besides: the same rates, gradient norm,
     clip coefficient, skipped steps. On a GPU the last three belong to the newest step the host has finished, which
     may be the one before. Of `zo2`: the mean of l+ and l- (the bar has it too), the projected gradient, skipped steps,
-    and the bytes of weights that are streamed and that stay.
+    and the bytes of weights that are streamed and that stay. Of `meft`: the union (the bar has it too), the share of
+    rows that a micro-batch used, on average since the row before.
 
     Args:
         every_n_steps: Optimizer steps between two rows.
@@ -64,6 +67,8 @@ class OffloadStats(Callback):
             bar |= self._rates(engine, elapsed)
         if isinstance(engine, ZerothEngine):
             bar["loss +-"] = engine.report.loss
+        elif engine is not None and isinstance(engine.own, RowOptimizer):
+            bar["union"] = engine.own.take_union_share()
         pl_module.log_dict({key: float(value) for key, value in bar.items()}, prog_bar=True, logger=False)
         row = {f"offload/{key.replace(' ', '_')}": value for key, value in bar.items() if key != "loss +-"}
         if engine is not None:
@@ -126,8 +131,9 @@ def _last_line(engine: AnyEngine, host: str) -> str:
             f"method {engine.method.name}, {settings.noise} noise, {2 * settings.directions} forwards per micro-batch; "
             f"{host}, {device}: resident weights, {settings.slots - 1} slots and what forwards see"
         )
+    placement = f", placement {engine.method.settings.placement}" if isinstance(engine.method, MEFT) else ""
     return (
-        f"method {engine.method.name} with {engine.rule.name}; {host}, {device} beside the weights, micro-batches "
+        f"method {engine.method.name} with {engine.rule.name}{placement}; {host}, {device} beside the weights, micro-batches "
         f"accumulate on the {engine.method.settings.accumulate}"
     )
 

@@ -6,6 +6,7 @@ import csv
 import logging
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,8 @@ from lightning_offload import OffloadStats, OffloadSummary
 from lightning_offload.callbacks import summary
 from tests.helpers import Net
 from tests.lit import Lit, fit, offload
+from tests.meft import SIZES, picked
+from tests.meft_lit import MLit, meft
 
 
 class SeesTheBar(L.Callback):
@@ -63,6 +66,20 @@ def test_stats_count_tokens_where_there_are_some(tmp_path: Path) -> None:
     stats = OffloadStats(every_n_steps=1)
     fit(Tokens(), offload(), callbacks=[stats, bar], max_steps=4)
     assert bar.shown["tok/s"] > 0
+
+
+def test_the_union_of_meft_is_shown_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, logger, bar, strategy = MLit(), CSVLogger(tmp_path), SeesTheBar(), meft(placement="keys")
+    stats = [OffloadStats(every_n_steps=3), OffloadSummary(), bar]
+    with caplog.at_level(logging.INFO), picked(module) as seen:
+        fit(module, strategy, logger=logger, callbacks=stats, limit_val_batches=0)
+    unions = [float(row["offload/union"]) for row in rows(logger)]
+    calls = [len(picks.rows) / SIZES["width"] for picks in seen]
+    each = len(calls) // len(unions)
+    assert unions == pytest.approx([fmean(calls[at : at + each]) for at in range(0, len(calls), each)])
+    assert bar.shown["union"] == pytest.approx(unions[-1])
+    assert 0 < min(unions) < 1
+    assert any("method meft with AdamW, placement keys; host" in record.getMessage() for record in caplog.records)
 
 
 def test_stats_work_without_an_engine_and_refuse_nonsense(tmp_path: Path) -> None:
