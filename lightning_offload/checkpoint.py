@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_offload.errors import CheckpointError
+from lightning_offload.methods.sparse_adapter import ADAPTER
 
 
 class OffloadCheckpointIO(TorchCheckpointIO):
@@ -88,8 +89,17 @@ def compare_weights(own: Mapping[str, Any], stored: Mapping[str, Any], *, source
         if shapes[0] != shapes[1]:
             raise CheckpointError(
                 f"{source} belongs to another model; first differing tensor: `{name}` is {shapes[0]} in the checkpoint "
-                f"and {shapes[1]} in the model"
+                f"and {shapes[1]} in the model{_hint(name, own)}"
             )
+
+
+def _hint(name: str, own: Mapping[str, Any]) -> str:
+    if ADAPTER not in name or any(ADAPTER in other for other in own):
+        return ""
+    return (
+        " (adapters of `meft`: load it under strategy='meft_offload', into a module with `MEFTMixin`, or after "
+        "`attach_parameters` of lightning_offload.methods.sparse_adapter)"
+    )
 
 
 def _shape(tensors: Mapping[str, Any], name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_offload.checkpoint import compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.folders import written_whole
-from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter
+from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, backbone_names
 
 _GIB = 1024**3
 _CHECK_SHAPE = (2, 16)
@@ -98,14 +98,15 @@ def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
 def check_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the checkpoint's weights, having checked that they are this module's by name and shape.
 
-    Of a checkpoint of adapters alone (``MEFTOffloadStrategy(adapter_only=True)``) they are the module's adapters.
+    Of a checkpoint of adapters alone (``MEFTOffloadStrategy(adapter_only=True)``) they are all but the backbone.
 
     Raises:
         CheckpointError: As for `read_weights`, or the first tensor in which checkpoint and model differ.
     """
     stored, own = read_weights(checkpoint), module.state_dict()
-    if stored and all(ADAPTER in name for name in stored):
-        own = {name: value for name, value in own.items() if ADAPTER in name}
+    backbone = backbone_names(module)
+    if backbone.isdisjoint(stored) and any(ADAPTER in name for name in stored):
+        own = {name: value for name, value in own.items() if name not in backbone}
     compare_weights(own, stored, source=repr(os.fspath(checkpoint)))
     return stored
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,7 +17,7 @@ from lightning_offload.memory.blocks import partition
 from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of, attach, join
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.row_forwards import RowForwards
-from lightning_offload.methods.sparse_adapter import ADAPTER
+from lightning_offload.methods.sparse_adapter import ADAPTER, backbone_names
 from lightning_offload.windows import copies_module, writes_while_evaluating
 
 
@@ -25,7 +25,7 @@ class MEFTBehaviour(GradientBehaviour):
     """See the module docstring.
 
     Attributes:
-        adapter_only: Whether checkpoints hold the adapters alone, and are loaded into a model that has its weights.
+        adapter_only: Whether checkpoints leave out what is frozen, and are loaded into a model that has its weights.
     """
 
     settings_type: ClassVar[type[MEFTSettings]] = MEFTSettings
@@ -134,26 +134,54 @@ class MEFTBehaviour(GradientBehaviour):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = super().lightning_module_state_dict()
-        return {name: value for name, value in state.items() if not self.adapter_only or ADAPTER in name}
+        state, module = super().lightning_module_state_dict(), self.lightning_module
+        left_out = backbone_names(module) if self.adapter_only and module is not None else set()
+        return {name: value for name, value in state.items() if name not in left_out}
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        state = checkpoint["state_dict"]
-        has_rows = any(ADAPTER in name for name in state)
-        if has_rows or module.trainer.state.fn == TrainerFn.FITTING:
+        if has_adapters(checkpoint) or module.trainer.state.fn == TrainerFn.FITTING:
             self._settle_settings(module)
             put_adapters_on(self.strategy_name, module, self.settings)
-        if has_rows and all(ADAPTER in name for name in state):  # the backbone is what the module came with
-            backbone = {name: value for name, value in module.state_dict().items() if ADAPTER not in name}
-            checkpoint = {**checkpoint, "state_dict": {**backbone, **state}}
+            checkpoint = {**checkpoint, "state_dict": complete(checkpoint["state_dict"], module)}
         super().load_model_state_dict(checkpoint, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.engine is not None and not has_adapters(checkpoint):
+            warn_of_new_adapters(self.strategy_name)
+        else:
+            super().load_optimizer_state_dict(checkpoint)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_forwards": None}
+
+
+def has_adapters(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds adapters, of whatever model."""
+    return any(ADAPTER in name for name in checkpoint["state_dict"])
+
+
+def complete(state: Mapping[str, Any], module: LightningModule) -> dict[str, Any]:
+    """``state``, with the module's own backbone if it holds adapters alone, or the module's adapters if it has none."""
+    own, backbone = module.state_dict(), backbone_names(module)
+    if backbone.isdisjoint(state):
+        return {name: own[name] for name in own if name in backbone} | dict(state)
+    if not any(ADAPTER in name for name in state):
+        return {name: own[name] for name in own if ADAPTER in name} | dict(state)
+    return dict(state)
+
+
+def warn_of_new_adapters(who: str) -> None:
+    """A checkpoint of the backbone alone is continued."""
+    rank_zero_warn(
+        f"{who}: the checkpoint has no adapters. The backbone, the step count and schedulers are those of the "
+        "checkpoint, adapters and their optimizer start anew. To start at step 0, load the weights alone "
+        "(`load_from_checkpoint`) and fit without `ckpt_path`."
+    )
 
 
 def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -> None:

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
-from lightning_offload import cli, conf, plots, runs
+from lightning_offload import cli, conf, load_meft_adapter, plots, runs
 
 TEXT = "".join(f"def add_{i}(x, y={i}):\n    return x + y * {i * i}\n\n" for i in range(200))
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -216,6 +216,59 @@ def test_a_log_is_exported_as_the_checkpoint_is(precision: str, run, refused, gi
     Path("bad.log").write_text("my notes")
     assert "bad.log is no log of a zo2 run" in refused("export", "log=bad.log", "base=nowhere")
     assert "without log=<file>" in refused("export", "ckpt_path=runs/mine", "base=c", "output=d")
+
+
+@pytest.mark.parametrize("adapter_only", ["false", "true"])
+def test_a_run_by_meft_leaves_an_adapter(adapter_only: str, run, refused, given, inputs, capsys) -> None:
+    rows = [f"trainer.strategy.{name}" for name in ("width=24", "experts=6", "active_experts=2", "top_k=5")]
+    settings = ["method=meft", *rows, f"trainer.strategy.adapter_only={adapter_only}", "name=mine", "trace=false"]
+    assert run("train", *given, *settings) == 0
+    said = capsys.readouterr().out
+    folder = Path("runs/mine/adapter")
+    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert not Path("runs/mine/hf").exists()
+    base = os.path.relpath(inputs / "small")
+    assert f"load_meft_adapter(LlamaForCausalLM.from_pretrained({base!r}), {str(folder)!r})" in said
+    capsys.readouterr()
+
+    assert run("export", "ckpt_path=runs/mine", "output=again") == 0
+    assert "load_meft_adapter(LlamaForCausalLM.from_pretrained(" in capsys.readouterr().out
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == Path("again", name).read_bytes()
+    model = load_meft_adapter(AutoModelForCausalLM.from_pretrained(inputs / "small"), folder)
+    stored = torch.load(runs.newest_checkpoint(Path("runs/mine")), weights_only=True)["state_dict"]
+    assert any(value.any() for name, value in stored.items() if name.endswith("values"))
+    assert all(torch.equal(value, stored[f"network.{n}"]) for n, value in model.state_dict().items() if ".meft." in n)
+    assert ("network.lm_head.weight" in stored) == (adapter_only == "false")
+
+    assert run("evaluate", "ckpt_path=runs/mine", "hardware=cpu", "max_new_tokens=2", *given[-1:]) == 0
+    found = json.loads(Path("runs/mine/evaluation.json").read_text())["loss"]
+    assert f"-> {found:.3f}" in said.partition("before -> after")[2]
+    assert run("train", *given, *settings, "ckpt_path=last", "trainer.max_steps=6") == 0
+    assert torch.load(runs.newest_checkpoint(Path("runs/mine")), weights_only=True)["global_step"] == 6
+    assert "holds a run already" in refused("train", *given, *settings)
+    assert "gate='logit' cannot be merged" in refused("export", "ckpt_path=runs/mine", "merge=true", "output=b")
+
+
+def test_adapters_are_merged_where_that_is_exact(run, refused, given, inputs: Path, capsys) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"word_embed_proj_dim": 16, "max_position_embeddings": 64, "vocab_size": 300}
+    shutil.copytree(inputs / "small", "opt")
+    Path("opt/model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(OPTConfig(**shape)).save_pretrained("opt")
+    dense = ["width=24", "experts=1", "active_experts=1", "top_k=24", "variant=paper"]
+    settings = ["method=meft", "model.path=opt", *(f"trainer.strategy.{one}" for one in dense), "name=mine"]
+    assert run("train", *given, *settings, "trace=false", "plan=false") == 0
+    assert run("export", "ckpt_path=runs/mine", "merge=true") == 0
+    assert "runs/mine/hf" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained("runs/mine/hf")
+    assert merged.config.ffn_dim == 56
+    beside = load_meft_adapter(AutoModelForCausalLM.from_pretrained("opt"), "runs/mine/adapter")
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(merged(input_ids=tokens).logits, beside(input_ids=tokens).logits)
+    assert run("train", *given, "method=none", "name=plain", "plan=false", "export=false") == 0
+    assert "has no adapters to merge" in refused("export", "ckpt_path=runs/plain", "merge=true")
 
 
 @pytest.mark.parametrize("method", ["none", "full", "lsp", "zo2"])

@@ -139,5 +139,5 @@ def test_without_adapters_or_a_config_there_is_nothing_to_merge() -> None:
     with pytest.raises(ValueError, match="this OPTForCausalLM has no adapters to merge"):
         merge_meft_adapter(BUILD["opt"]()[0])
     net = adapted_net(gate="none")
-    with pytest.raises(TypeError, match="merging needs a transformers model, .*; got a FFNNet"):
+    with pytest.raises(TypeError, match=r"merging needs a transformers model, .*; got a FFNNet"):
         merge_meft_adapter(net)

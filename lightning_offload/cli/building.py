@@ -16,8 +16,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.methods.meft import MEFTSettings
-from lightning_offload.methods.sparse_adapter import attach_parameters
+from lightning_offload.methods.meft import MEFTSettings, attach
 
 _LINE_LENGTH = 118
 
@@ -75,7 +74,7 @@ def put_adapters(cfg: Any, model: Any) -> None:
     """Have the model of a run by `meft` its adapters, to load a checkpoint into."""
     settings = settings_of(cfg)
     if isinstance(settings, MEFTSettings):
-        attach_parameters(model, **settings.of_adapters())
+        attach(model, settings)
 
 
 def dtype(name: str | None) -> torch.dtype | None:

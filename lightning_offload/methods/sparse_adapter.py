@@ -308,6 +308,11 @@ def attach_parameters(
     return adapters
 
 
+def backbone_names(module: nn.Module) -> set[str]:
+    """Of the parameters beside which adapters are, or would be; tied ones have several."""
+    return {name for name, _ in module.named_parameters(remove_duplicate=False) if ADAPTER not in name}
+
+
 def detach(module: nn.Module) -> None:
     """Takes adapters and hooks off again; what was trained before is trained again.
 
