@@ -57,7 +57,7 @@ class Attachment(Callback, Generic[AnyEngine]):
         self.engine = self._attach(who, trainer, pl_module, method, dtypes)
         self._take_step(trainer.strategy.optimizers[0])
         states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states")
-        if states is not None:
+        if states:  # empty: of no use to this method
             self._load(self.engine, states)
 
     def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> AnyEngine:

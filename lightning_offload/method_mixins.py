@@ -6,11 +6,12 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_offload.attachment import Attachment, GradientAttachment
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.meft_behaviour import put_adapters_on
+from lightning_offload.meft_behaviour import complete, has_adapters, put_adapters_on, warn_of_new_adapters
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from lightning_offload.methods.meft import MEFT, MEFTSettings
 from lightning_offload.methods.settings import CommonSettings
@@ -98,8 +99,9 @@ class MEFTMixin(MethodMixin):
             offload = dict(width=2048, accumulate_grad_batches=4)
 
     Adapters are attached before ``configure_optimizers``, by the strategy or, under a plain strategy of one device,
-    by the module, which then brings its own engine with the same numbers. Checkpoints of one continue in the other.
-    Those who override ``configure_callbacks`` must add what ``super()`` returns.
+    by the module, which then brings its own engine with the same numbers. Checkpoints of one continue in the other, and
+    ``load_from_checkpoint`` finds adapters to load into. Those who override ``configure_callbacks`` or
+    ``on_load_checkpoint`` must call ``super()``, and add the callbacks that it returns.
 
     Attributes:
         offload: Settings of the step and of ``MEFTSettings`` by name.
@@ -118,8 +120,24 @@ class MEFTMixin(MethodMixin):
         """See ``MethodMixin``: adapters are there before anything is loaded into them."""
         made = super().configure_callbacks()
         if made:
-            put_adapters_on(type(self).__name__, self._module, MEFTSettings(**self.method_settings))
+            self._put_adapters_on()
         return made
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where no strategy does it, makes a place for adapters that come, and keeps those that do not."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        module = self._module
+        if module._trainer is not None and isinstance(module._trainer.strategy, OffloadBehaviour):
+            return
+        if has_adapters(checkpoint):
+            self._put_adapters_on()
+        elif module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING:
+            warn_of_new_adapters(type(self).__name__)
+            checkpoint["state_dict"] = complete(checkpoint["state_dict"], module)
+            checkpoint["optimizer_states"] = []
+
+    def _put_adapters_on(self) -> None:
+        put_adapters_on(type(self).__name__, self._module, MEFTSettings(**self.method_settings))
 
 
 class ZO2Mixin(MethodMixin):

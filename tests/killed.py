@@ -1,7 +1,7 @@
 """A run that is killed while it saves, again and again, each time resumed by the next process.
 
-``python -m tests.killed FOLDER KILLS SEED`` prints what it saw as JSON. Everything slow is imported once: each run is
-a fork of this process, made while it has a single thread.
+``python -m tests.killed FOLDER KILLS SEED [METHOD]`` prints what it saw as JSON. Everything slow is imported once: each
+run is a fork of this process, made while it has a single thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_offload import FullOffloadStrategy
+from lightning_offload import FullOffloadStrategy, MEFTOffloadStrategy
 from lightning_offload.checkpoint import OffloadCheckpointIO
 from tests.plain import fit, new
 
@@ -40,10 +40,16 @@ class Telling(OffloadCheckpointIO):
         os.write(self.pipe, b"e")
 
 
-def train(path: Path, io: OffloadCheckpointIO, steps: int) -> L.Trainer:
+def strategy_of(method: str, io: OffloadCheckpointIO | None = None) -> Any:
+    if method == "full":
+        return FullOffloadStrategy(min_numel=0, checkpoint_io=io)
+    return MEFTOffloadStrategy(targets=r"blocks\.\d+", width=1024, seed=0, row_optimizer="dense", checkpoint_io=io)
+
+
+def train(path: Path, io: OffloadCheckpointIO, steps: int, method: str) -> L.Trainer:
     saving = ModelCheckpoint(path.parent, path.stem, every_n_train_steps=1, enable_version_counter=False)
-    strategy = FullOffloadStrategy(min_numel=0, checkpoint_io=io)
-    return fit(new(**SIZES), strategy, steps=steps, callbacks=[saving], ckpt_path=path if path.exists() else None)
+    found = path if path.exists() else None
+    return fit(new(**SIZES), strategy_of(method, io), steps=steps, callbacks=[saving], ckpt_path=found)
 
 
 @dataclass
@@ -55,12 +61,12 @@ class Child:
     told: bytes = b""
 
     @classmethod
-    def start(cls, path: Path) -> Child:
+    def start(cls, path: Path, method: str) -> Child:
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                train(path, Telling(writing), steps=10_000)
+                train(path, Telling(writing), 10_000, method)
             finally:
                 os._exit(1)  # it is killed long before it ends
         os.close(writing)
@@ -80,10 +86,10 @@ class Child:
         os.close(self.pipe)
 
 
-def killed_again_and_again(path: Path, kills: int, rng: random.Random) -> dict[str, int]:
+def killed_again_and_again(path: Path, kills: int, rng: random.Random, method: str) -> dict[str, int]:
     step, inside, duration_s = 0, 0, 0.05
     for kill in range(kills):
-        child = Child.start(path)
+        child = Child.start(path, method)
         child.wait_for(b"b", 1)
         began = time.perf_counter()
         if kill % 5 == 0:  # after a whole save, the first time because there is none before
@@ -99,12 +105,13 @@ def killed_again_and_again(path: Path, kills: int, rng: random.Random) -> dict[s
     return {"step": step, "inside": inside}
 
 
-def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def main(folder: Path, kills: int, seed: int, method: str = "full") -> dict[str, Any]:
     path = folder / "run.ckpt"
-    seen = killed_again_and_again(path, kills, random.Random(seed))
+    seen = killed_again_and_again(path, kills, random.Random(seed), method)
     steps = seen["step"] + 1
-    resumed = train(path, OffloadCheckpointIO(), steps).lightning_module.state_dict()
-    never = fit(new(**SIZES), steps=steps).lightning_module.state_dict()
+    resumed = train(path, OffloadCheckpointIO(), steps, method).lightning_module.state_dict()
+    plain = "auto" if method == "full" else strategy_of(method)
+    never = fit(new(**SIZES), plain, steps=steps).lightning_module.state_dict()
     same = all(torch.equal(never[name], resumed[name]) for name in never)
     return seen | {"same": same, "files": sorted(file.name for file in folder.iterdir())}
 
@@ -112,4 +119,4 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))
