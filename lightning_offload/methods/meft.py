@@ -197,8 +197,6 @@ class MEFT:
             )
         if settings.placement == "auto":
             placement, reason = _where(adapters_of(module), units, machine, dtypes)
-            if before and "placement" in before:
-                placement, reason = before["placement"], "as in the run that is continued"
             settings = replace(settings, placement=placement)
             reasons.append(f"placement={placement!r}: {reason}")
         self.settings = settings
@@ -206,7 +204,7 @@ class MEFT:
 
     def decisive(self) -> dict[str, Any]:
         """See ``Method.decisive``."""
-        names = ("accumulate", "placement", "row_optimizer", "active_experts", "top_k", "variant", "gate", "scope")
+        names = ("accumulate", "row_optimizer", "active_experts", "top_k", "variant", "gate", "scope")
         return {name: getattr(self.settings, name) for name in names}
 
     def claim(self, module: nn.Module, units: Sequence[Unit]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.lanes import Event, nbytes
 from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import load_state, weight_dtype
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lightning_offload.methods.method import Site
 
 
+WIDE, PATIENCE = 0.5, 10
+"""Share of the rows that a call uses from which on fetching them is pointless, and for how many steps in a row."""
+
+
 class RowOptimizer(Sender):
     """See the module docstring, and ``Sender``. The parameters of the adapters become the masters.
 
@@ -35,7 +39,7 @@ class RowOptimizer(Sender):
         settings: Of the method, resolved.
 
     Raises:
-        ValueError: Rows cannot be stepped alone by this optimizer.
+        ValueError: Rows cannot be stepped alone by this optimizer, or it has a part of an adapter alone.
     """
 
     sums_on_host = True
@@ -48,11 +52,13 @@ class RowOptimizer(Sender):
         self.trained = sorted(trained, key=lambda t: (t.unit.index, t.position))
         self._rule, self._lanes, self._dtypes = site.rule, site.lanes, site.dtypes
         self._placement: Placement = settings.placement
+        self._prunes = settings.prunes
         self._row_optimizer: RowSteps = settings.row_optimizer if len(site.rule.states) == 2 else "dense"
         if self._row_optimizer == "auto" and not site.rule.decoupled:
             self._row_optimizer = "dense"
         self._table: dict[str, RowTable] = {}
         at = {id(t.parameter): t for t in self.trained}
+        _check_whole(adapters, at)
         self._homes = [self._make_home(a, at[id(a.keys)], at[id(a.values)]) for a in adapters if id(a.keys) in at]
         self._home = {table.name: home for home in self._homes for table in home.tables}
         tables = list(self._table.values())
@@ -63,6 +69,8 @@ class RowOptimizer(Sender):
             len(self._homes[0].fetched),
         )
         self._added: dict[str, Event] = {}  # the last addition to each sum since the last step
+        self._asked = self._stepped = self._desk.used
+        self._wide_steps = 0
         self._gradients_visible = site.gradients_visible
         self._shown: set[str] = set()  # whose sum is `p.grad`
 
@@ -90,7 +98,9 @@ class RowOptimizer(Sender):
         Raises:
             ValueError: A group that rows cannot be stepped alone with.
         """
-        _check_groups([groups[t.group] for t in self.trained], self._row_optimizer)
+        for table in self._table.values():
+            _check_group(groups[table.trained.group], table.steps)
+        self._warn_of_wide_unions()
         readers = []
         for home in self._homes:
             taken = [self._table[rows.name] for rows in home.tables if rows.name in self._added]
@@ -124,9 +134,8 @@ class RowOptimizer(Sender):
         return ({"step": table.step.clone()} if self._rule.has_step else {}) | table.states
 
     def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
-        """See ``Part.load_state_of``; rows that were behind catch up first, of which ``load_extras`` may know more."""
+        """See ``Part.load_state_of``; nothing is in flight, so no row is behind."""
         table = self._table[trained.name]
-        table.history = None
         load_state(self._rule, table.step, table.states, trained, state)
 
     def master_of(self, trained: Trained) -> Tensor | None:
@@ -168,7 +177,8 @@ class RowOptimizer(Sender):
     def catch_up(self) -> None:
         """See ``Sender.catch_up``."""
         for home in self._homes:
-            behind = [rows for rows in home.tables if self._table[rows.name].history is not None]
+            tables = [self._table[rows.name] for rows in home.tables]
+            behind = [table for table in tables if table.steps in ("auto", "deferred")]
             if behind:
                 self._lanes.host(
                     partial(_catch_up, behind),
@@ -231,29 +241,23 @@ class RowOptimizer(Sender):
 
     def take_union_share(self) -> float:
         """Rows used per row there is, over the calls since this was asked last."""
-        return self._desk.take_share()
-
-    def extras(self) -> dict[str, Any]:
-        """See ``Sender.extras``: which steps rows may have missed."""
-        return {name: table.state() for name, table in self._table.items()}
+        before, self._asked = self._asked, self._desk.used
+        return self._desk.share_since(before)
 
     def load_extras(self, extras: Mapping[str, Any]) -> None:
-        """See ``Sender.load_extras``."""
-        for name, table in self._table.items():
-            if name not in extras:
-                raise CheckpointError(f"The checkpoint knows no rows of `{name}`, which this run trains.")
-            table.load(extras[name])
+        """See ``Sender.load_extras``: there are none."""
 
     # Buffers.
 
     def _make_home(self, adapter: SparseAdapter, keys: Trained, values: Trained) -> AdapterRows:
         stays = STAY[self._placement]
-        tables = self._make_table(keys, stays[0]), self._make_table(values, stays[1])
+        scored_here = self._prunes and not stays[0]
+        tables = self._make_table(keys, stays[0], whole=scored_here), self._make_table(values, stays[1])
         self._table |= {table.name: table for table in tables}
         return AdapterRows.on(self._lanes, adapter, *tables, keys.flight, self._placement)
 
-    def _make_table(self, trained: Trained, stays: bool) -> RowTable:
-        """What the device keeps is stepped whole: nobody fetches it, so nothing would catch it up."""
+    def _make_table(self, trained: Trained, stays: bool, *, whole: bool = False) -> RowTable:
+        """What the device keeps or the host scores is stepped whole: both read rows that nobody has caught up."""
         parameter, name = trained.parameter, trained.name
         shape, numel, shown = parameter.shape, parameter.numel(), weight_dtype(parameter, self._dtypes)
         rounded = shown != torch.float32
@@ -275,7 +279,7 @@ class RowOptimizer(Sender):
             states={state: make(state) for state in self._rule.states},
             total=make("sum"),
             shadow=shadow,
-            steps="dense" if stays and not lazy else self._row_optimizer,
+            steps="dense" if (stays or whole) and not lazy else self._row_optimizer,
         )
         table.show()
         return table
@@ -335,6 +339,15 @@ class RowOptimizer(Sender):
 
     # Stepping.
 
+    def _warn_of_wide_unions(self) -> None:
+        """Once, after ``PATIENCE`` steps in a row whose calls used most of the rows there are."""
+        before, self._stepped = self._stepped, self._desk.used
+        share = self._desk.share_since(before)
+        if self._wide_steps < PATIENCE and self._placement != "device":
+            self._wide_steps = self._wide_steps + 1 if share > WIDE else 0
+            if self._wide_steps == PATIENCE:
+                warnings.warn(_explain_wide_unions(share), stacklevel=2)
+
     def _step(self, home: AdapterRows, tables: list[RowTable], groups: Groups, verdict: Verdict) -> Event:
         after = [self._added[table.name] for table in tables]
         # an evaluation has read rows since; or backward is made again, and no forward has waited for the last step's
@@ -355,18 +368,38 @@ class RowOptimizer(Sender):
         return home.stepped
 
 
-def _check_groups(groups: Sequence[Mapping[str, Any]], steps: RowSteps) -> None:
-    for group in groups:
-        if steps == "lazy" and group["weight_decay"]:
+def _explain_wide_unions(share: float) -> str:
+    return (
+        f"Each micro-batch has used more than {WIDE:.0%} of the adapters' rows for {PATIENCE} steps in a row (the last "
+        f"step's {share:.0%}), so fetching only those spares little: use shorter or fewer sequences per micro-batch, "
+        "a wider adapter (`width=`), or keep the rows on the device with `placement='device'`"
+    )
+
+
+def _check_group(group: Mapping[str, Any], steps: RowSteps) -> None:
+    if steps == "lazy" and group["weight_decay"]:
+        raise ValueError(
+            f"`row_optimizer='lazy'` leaves untouched rows as they are, so weight_decay={group['weight_decay']} "
+            "would act on some rows alone: set weight_decay=0, or pass row_optimizer='deferred'"
+        )
+    if steps in ("auto", "deferred") and group["betas"][0] ** 2 >= group["betas"][1]:
+        raise ValueError(
+            f"`row_optimizer={steps!r}` needs betas[0]**2 < betas[1], got betas={tuple(group['betas'])}: pass "
+            "row_optimizer='dense'"
+        )
+
+
+def _check_whole(adapters: Sequence[SparseAdapter], trained: Mapping[int, Trained]) -> None:
+    for adapter in adapters:
+        known = [name for name in ("keys", "values") if id(getattr(adapter, name)) in trained]
+        if len(known) == 1:
             raise ValueError(
-                f"`row_optimizer='lazy'` leaves untouched rows as they are, so weight_decay={group['weight_decay']} "
-                "would act on some rows alone: set weight_decay=0, or pass row_optimizer='deferred'"
+                f"Of the adapter `{adapter.path}.meft` only `{known[0]}` are trained, but keys and values live and "
+                "travel together: give the optimizer both with requires_grad=True (one of them in a group with lr=0 "
+                "and weight_decay=0 stands still), or neither"
             )
-        if steps in ("auto", "deferred") and group["betas"][0] ** 2 >= group["betas"][1]:
-            raise ValueError(
-                f"`row_optimizer={steps!r}` needs betas[0]**2 < betas[1], got betas={tuple(group['betas'])}: pass "
-                "row_optimizer='dense'"
-            )
+    if not trained:
+        raise ValueError("No keys and values of the adapters are in the optimizer: build it from `self.parameters()`")
 
 
 def _own_rows_again(adapters: Sequence[SparseAdapter]) -> None:

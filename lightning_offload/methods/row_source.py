@@ -116,7 +116,7 @@ class Desk:
         lanes: Where it runs.
         training: Whether a forward of training runs: what it is lent it keeps until the next one.
         lent: What is up, for a checkpoint that computes a call again.
-        used: Rows that were used, and rows there were, summed over calls since ``take_share``.
+        used: Rows that were used, and rows there were, summed over all calls.
         expected_union: Share of the rows that a call uses, before it is known and where nothing is real.
 
     Args:
@@ -129,7 +129,7 @@ class Desk:
     def __init__(self, lanes: Lanes, dtype: torch.dtype, numel: int, fetches: int) -> None:
         self.lanes, self.training = lanes, False
         self.lent: list[Fetched] = []
-        self.used = [0, 0]
+        self.used = (0, 0)
         self.expected_union = PUBLISHED_UNION
         self.up = Staging(lanes, "rows up", dtype, 1, numel=fetches * numel)
         self.down = Staging(lanes, "row gradients", dtype, TURNS, numel=numel)
@@ -167,11 +167,10 @@ class Desk:
         self.rows.give_back()
         self.indices.give_back()
 
-    def take_share(self) -> float:
-        """Rows used per row there is, over the calls since this was asked last; 0 without any."""
-        used, rows = self.used
-        self.used = [0, 0]
-        return used / rows if rows else 0.0
+    def share_since(self, before: tuple[int, int]) -> float:
+        """Rows used per row there is, over the calls since ``used`` was ``before``; 0 without any."""
+        rows = self.used[1] - before[1]
+        return (self.used[0] - before[0]) / rows if rows else 0.0
 
     def close(self) -> None:
         """Let go of device buffers."""
@@ -333,7 +332,7 @@ class LaneSource:
         assert home.chosen is not None
         lanes.wait_compute(home.chosen)  # from here on ``count`` is known
         count, width = call.count, home.keys.master.shape[1]
-        desk.used = [desk.used[0] + count, desk.used[1] + self._settings.width]
+        desk.used = desk.used[0] + count, desk.used[1] + self._settings.width
         fetched = len(home.fetched) * count * width
         chosen = count + (call.tokens * self._picked if call.places is None else 0)
         rows = desk.rows.lend(fetched, max(len(home.fetched) * home.keys.master.numel(), 1))

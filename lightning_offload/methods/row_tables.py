@@ -73,8 +73,9 @@ class RowTable(Rows):
         steps: How rows are stepped.
         step: The table's own step count, fp32 scalar.
         touched: Rows with a gradient since the last step, (r,) bool.
-        last: The step that each row saw last, (r,) int64, where rows may be behind.
-        history: Of the steps that rows may have missed; made by the first step of some rows.
+        last: The step that each row saw last, (r,) int64, while there is a history.
+        history: Of the steps that rows may have missed, begun by the first step of some rows, ended by a catch-up of
+            all; so nothing of it is in a checkpoint, which follows one.
         eps: AdamW's, in that history.
     """
 
@@ -119,11 +120,13 @@ class RowTable(Rows):
         """See ``Rows.catch_up``."""
         if self.history is None:
             return
-        rows = torch.arange(len(self.master)) if rows is None else rows
-        behind = rows[self.last[rows] < self.history.step]
+        asked = torch.arange(len(self.master)) if rows is None else rows
+        behind = asked[self.last[asked] < self.history.step]
         if len(behind):
             catch_up_(*self._tensors, behind, last=self.last, history=self.history, eps=self.eps)
             self.show(behind)
+        if rows is None:
+            self.history = None
 
     def make_step(self, rule: Rule, group: Mapping[str, Any], verdict: Verdict) -> None:
         """The optimizer step, or none where the verdict says so; sums are zero afterwards."""
@@ -144,24 +147,6 @@ class RowTable(Rows):
         self.total.index_fill_(0, rows, 0.0)
         self.touched.zero_()
 
-    # State.
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the optimizer's state."""
-        history = (
-            None if self.history is None else {"betas": self.history.betas, "eps": self.eps, **self.history.state()}
-        )
-        return {"last": self.last.clone(), "history": history}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse of ``state``."""
-        self.last.copy_(state["last"])
-        held = state["history"]
-        self.history = None
-        if held is not None:
-            self.history, self.eps = History((held["betas"][0], held["betas"][1])), held["eps"]
-            self.history.load(held)
-
     # Stepping.
 
     @property
@@ -172,14 +157,13 @@ class RowTable(Rows):
         self.catch_up()
         states = {name: [tensor] for name, tensor in self.states.items()}
         rule.step_([self.master], [self.total], states, [self.step], group)
-        if self.history is not None:
-            self._advance(group)
-            self.last.fill_(self.history.step)
         self.show()
 
     def _step_rows(self, rows: Tensor, group: Mapping[str, Any]) -> None:
+        if self.history is not None and (self.history.betas, self.eps) != (_betas(group), group["eps"]):
+            self.catch_up()  # steps that were missed had the old ones
         if self.history is None:
-            done = int(self.step)  # by all rows: nobody missed them
+            done = int(self.step)
             self.history = History(_betas(group), done, torch.zeros(3, done + 1, dtype=torch.float64))
             self.last.fill_(done)
         self.eps = group["eps"]
@@ -194,7 +178,7 @@ class RowTable(Rows):
             weight_decay=group["weight_decay"],
         )
         self.step += 1
-        self._advance(group)
+        self.history.advance(lr=float(group["lr"]), weight_decay=group["weight_decay"])
         self.show(rows)
 
     def _step_lazily(self, rows: Tensor, group: Mapping[str, Any]) -> None:
@@ -210,10 +194,6 @@ class RowTable(Rows):
             eps=group["eps"],
         )
         self.show(rows)
-
-    def _advance(self, group: Mapping[str, Any]) -> None:
-        assert self.history is not None
-        self.history.advance(lr=float(group["lr"]), weight_decay=group["weight_decay"])
 
 
 def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
