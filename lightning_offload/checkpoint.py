@@ -16,7 +16,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_offload.errors import CheckpointError
-from lightning_offload.methods.sparse_adapter import ADAPTER
 
 
 class OffloadCheckpointIO(TorchCheckpointIO):
@@ -94,7 +93,7 @@ def compare_weights(own: Mapping[str, Any], stored: Mapping[str, Any], *, source
 
 
 def _hint(name: str, own: Mapping[str, Any]) -> str:
-    if ADAPTER not in name or any(ADAPTER in other for other in own):
+    if ".meft." not in name or any(".meft." in other for other in own):
         return ""
     return (
         " (adapters of `meft`: load it under strategy='meft_offload', into a module with `MEFTMixin`, or after "

@@ -38,7 +38,7 @@ RULES = {
     "methods": May("errors numerics memory", "torch", "numpy"),
     "windows": May("", "lightning"),
     "precision": May("errors methods", "torch lightning typing_extensions"),
-    "checkpoint": May("errors memory methods", "torch lightning typing_extensions"),
+    "checkpoint": May("errors memory", "torch lightning typing_extensions"),
     "calibration": May("methods", "torch lightning"),
     "resuming": May("errors methods calibration", "torch lightning"),
     "attaching": May("memory methods resuming windows", "torch lightning"),
