@@ -6,6 +6,7 @@ Of each call of a network: the device routes; whoever has the keys selects (the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -321,8 +322,9 @@ class LaneSource:
         start = 0
         for table in self._home.fetched:
             table.catch_up(rows)
-            numel = len(rows) * table.master.shape[1]
-            table.gather(rows, call.fetched.buffer[start : start + numel].view(len(rows), -1))
+            shape = len(rows), table.master.shape[1]
+            numel = math.prod(shape)
+            table.gather(rows, call.fetched.buffer[start : start + numel].view(shape))
             start += numel
 
     # Coming up.
