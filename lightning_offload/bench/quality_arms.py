@@ -17,6 +17,8 @@ from lightning_offload.memory.lanes import InlineLanes
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.meft import MEFTSettings
+from lightning_offload.methods.sparse_adapter import attach_parameters
 
 Loss = Callable[[], Tensor]
 
@@ -173,6 +175,17 @@ def _lsp(network: Any, rate: float, **settings: Any) -> Fit:
     return Offloaded(Engine(network, optimizer, method, InlineLanes(HostMemory(pin=False)), DTypes()))
 
 
+def _meft(network: Any, rate: float, **settings: Any) -> Fit:
+    attach_parameters(network, **MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters())
+    added = [p for p in network.parameters() if p.requires_grad]
+    return Plain(AdamW(added, lr=rate, weight_decay=0.0, fused=True), added)
+
+
+def _meft_arm(width: int) -> QualityArm:
+    note = f"width {width}, its defaults, resident; with placement='host' only routers are on the device"
+    return QualityArm(make=_meft, settings={"width": width}, rate=3e-3, note=note)
+
+
 def _lora_arm(rank: int, note: str) -> QualityArm:
     why_not = partial(not_installed, "peft", "peft")
     return QualityArm(make=_lora, settings={"rank": rank}, rate=1.2e-2, why_not=why_not, note=f"rank {rank}: {note}")
@@ -205,5 +218,9 @@ QUALITY_ARMS: Mapping[str, QualityArm] = {
     "lora_total": _lora_arm(27, BOTH),
     "galore_device": _galore_arm(12, DEVICE),
     "galore_total": _galore_arm(49, BOTH),
+    "meft_512": _meft_arm(512),
+    "meft_1024": _meft_arm(1024),
+    "lora_meft_512": _lora_arm(56, "trained parameters as meft_512"),
+    "lora_meft_1024": _lora_arm(112, "trained parameters as meft_1024"),
 }
 """By name; weight decay is 0 in all of them."""

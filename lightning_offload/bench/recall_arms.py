@@ -15,6 +15,9 @@ from lightning_offload.bench.arms import not_installed
 from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.sparse_adapter import attach_parameters
 
+KEY_STD = 0.02
+"""Of the initial keys of ``meft``, as published for d = 4096."""
+
 
 @dataclass
 class Trained:
@@ -88,26 +91,36 @@ def _lora(network: Any, rate: float, *, rank: int, alpha: int, targets: str | li
     return Trained(_adamw(added, rate), added)
 
 
-def _meft(network: Any, rate: float, *, on_host: bool = True, **settings: Any) -> Trained:
+def _meft(network: Any, rate: float, *, on_host: bool = True, key_std: float = KEY_STD, **settings: Any) -> Trained:
     """Plain torch on the adapters, which the engine equals bit for bit; bytes are those of ``placement="host"``."""
     asked = MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters()
     adapters = attach_parameters(network, **asked)
     rows = [p for adapter in adapters for p in (adapter.keys, adapter.values)]
-    routers = [adapter.router for adapter in adapters] if asked["gate"] == "logit" else []
-    optimizer = _adamw(rows + routers, rate)
-    return Trained(optimizer, routers, rows) if on_host else Trained(optimizer, rows + routers)
+    routers = [adapter.router for adapter in adapters]
+    with torch.no_grad():
+        for scaled in (*routers, *(adapter.keys for adapter in adapters)):
+            scaled.mul_(key_std / KEY_STD)
+    trained = routers if asked["gate"] == "logit" else []
+    optimizer = _adamw(rows + trained, rate)
+    return Trained(optimizer, trained, rows) if on_host else Trained(optimizer, rows + trained)
 
 
 def _adamw(parameters: list[nn.Parameter], rate: float) -> AdamW:
     return AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
 
 
-_DENSE = {"gate": "none", "experts": 1, "active_experts": 1, "top_k": 1024}
 _QV = ["q_proj", "v_proj"]
 
 
-def _meft_arm(rate: float, note: str, **settings: Any) -> RecallArm:
-    return RecallArm(make=_meft, settings=settings, rate=rate, note=note)
+def _meft_arm(width: int, experts: int, note: str, *, rate: float = 1.5e-3, **settings: Any) -> RecallArm:
+    """A quarter of the experts and of the rows for each token, keys wider than published, unless said otherwise."""
+    usual = {"key_std": 0.1, "experts": experts, "active_experts": experts // 4, "top_k": width // 4}
+    return RecallArm(make=_meft, settings={"width": width, **usual, **settings}, rate=rate, note=note)
+
+
+def _dense_arm(width: int, rate: float, note: str) -> RecallArm:
+    settings = {"width": width, "experts": 1, "active_experts": 1, "top_k": width, "gate": "none", "key_std": 0.4}
+    return RecallArm(make=_meft, settings={**settings, "on_host": False}, rate=rate, note=note)
 
 
 def _lora_arm(rank: int, rate: float, note: str, *, alpha: int, targets: str | list[str] = "all-linear") -> RecallArm:
@@ -118,17 +131,23 @@ def _lora_arm(rank: int, rate: float, note: str, *, alpha: int, targets: str | l
     )
 
 
+PUBLISHED = {"key_std": KEY_STD, "active_experts": 8, "top_k": 64}
+QUARTER = "keys N(0, 0.1), a quarter of the rows for each token"
+
 RECALL_ARMS: Mapping[str, RecallArm] = {
-    "meft 256": _meft_arm(3e-3, "the defaults at this width", width=256),
-    "meft 512": _meft_arm(3e-3, "likewise", width=512),
-    "meft 1024": _meft_arm(3e-3, "likewise", width=1024),
-    "meft 2048": _meft_arm(3e-3, "likewise", width=2048),
-    "meft paper 1024": _meft_arm(3e-3, "variant='paper'", width=1024, variant="paper"),
-    "dense 1024": _meft_arm(3e-3, "the parallel adapter, all of it on the device", on_host=False, **_DENSE, width=1024),
-    "lora 7": _lora_arm(7, 3e-3, "all linears, the device bytes of meft 1024, or just above", alpha=14),
-    "lora 112": _lora_arm(112, 3e-3, "all linears, trained parameters as meft 1024", alpha=224),
-    "lora qv 32": _lora_arm(32, 3e-3, "q and v, the device bytes of meft 1024", alpha=16, targets=_QV),
-    "lora qv 544": _lora_arm(544, 3e-3, "q and v, trained parameters as meft 1024", alpha=16, targets=_QV),
-    "adamw": RecallArm(make=_all, rate=1e-3, note="all weights"),
+    "meft 256": _meft_arm(256, 64, QUARTER),
+    "meft 512": _meft_arm(512, 64, QUARTER),
+    "meft 1024": _meft_arm(1024, 128, QUARTER),
+    "meft 2048": _meft_arm(2048, 128, QUARTER),
+    "meft defaults 1024": _meft_arm(
+        1024, 128, "as published: keys N(0, 0.02), 64 rows for each token", rate=3e-3, **PUBLISHED
+    ),
+    "meft paper 1024": _meft_arm(1024, 128, f"variant='paper', {QUARTER}", variant="paper"),
+    "dense 1024": _dense_arm(1024, 1.5e-3, "the parallel adapter, keys N(0, 0.4), all of it on the device"),
+    "lora 7": _lora_arm(7, 6e-3, "all linears, the device bytes of meft 1024, or just above", alpha=14),
+    "lora 112": _lora_arm(112, 1.5e-3, "all linears, trained parameters as meft 1024", alpha=224),
+    "lora qv 32": _lora_arm(32, 1.2e-2, "q and v, the device bytes of meft 1024", alpha=16, targets=_QV),
+    "lora qv 544": _lora_arm(544, 1.2e-2, "q and v, trained parameters as meft 1024", alpha=16, targets=_QV),
+    "adamw": RecallArm(make=_all, rate=3e-3, note="all weights"),
 }
 """By name, and what they add: rows or rank."""
