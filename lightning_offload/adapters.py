@@ -37,7 +37,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_meft_adapter(module: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-    """Write the adapters of a model; a transformers model's are loaded again and compared by logits.
+    """Write the adapters of a model; a causal language model's are loaded again and compared by logits.
 
     The folder is written beside and renamed; nothing appears unless logits agree. The model beside which the adapters
     were trained is not written: it has not changed, and the folder tells it from others by a hash of its names, its
@@ -303,9 +303,10 @@ def _refuse_engine(adapters: Any) -> None:
 
 
 def _is_checked(network: nn.Module, adapters: Mapping[str, SparseAdapter]) -> bool:
-    """Whether the model can be asked for logits by itself."""
+    """Whether the model can be asked for logits by itself: its rows are its own, all of it is in one place."""
     plain = is_stock(network) and not getattr(network.config, "is_encoder_decoder", False)
-    return plain and all(adapter.source is None for adapter in adapters.values())
+    in_one_place = len({parameter.device for parameter in network.parameters()}) == 1
+    return plain and in_one_place and all(adapter.source is None for adapter in adapters.values())
 
 
 def _bare(network: Any) -> Any:

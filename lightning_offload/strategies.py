@@ -443,7 +443,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         targets: Feed-forward networks by name or regular expression, where they are not found.
         router_init: ``"keys"`` or ``"normal"``.
         seed: Of the initial keys; ``None`` is torch's initial seed.
-        adapter_only: Keep the adapters alone in checkpoints.
+        adapter_only: Leave the frozen weights out of checkpoints.
         accumulate: Where micro-batches of the routers accumulate; those of rows do so on the host.
         min_numel: Has no effect on rows and routers.
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
