@@ -511,6 +511,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and id(parameter) not in known:
+                    self.method.claim(self.module, self.units)  # what is wrong with it, if the method knows
                     name = next(n for u in self.units for n, p in u.parameters.items() if p is parameter)
                     raise OffloadError(
                         f"`{name}` has a gradient but was frozen when training was set up, so it has no state on the "

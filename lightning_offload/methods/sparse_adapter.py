@@ -172,11 +172,7 @@ class SparseAdapter(nn.Module):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = input_of(args, kwargs)
-        if x.shape[-1] != self.keys.shape[1]:
-            raise ValueError(
-                f"The input of {self.path!r} is {tuple(x.shape)}, but its adapter was made for a last size of "
-                f"{self.keys.shape[1]}; this is no feed-forward network of the blocks: name another with targets="
-            )
+        self._check_size("input", x)
         tokens = x.detach().reshape(-1, x.shape[-1])
         mark = tokens.sum(0)
         known = self._known(mark) if torch._C._current_graph_task_id() != -1 else None
@@ -195,7 +191,15 @@ class SparseAdapter(nn.Module):
         if call.known is None:
             self._keep(_Selection(call.mark, call.padding, rows.picks), y)
         of_ffn = output_of(output)
+        self._check_size("output", of_ffn)
         return with_output(output, of_ffn + y.view(of_ffn.shape).to(of_ffn.dtype))
+
+    def _check_size(self, what: str, of_ffn: Tensor) -> None:
+        if of_ffn.shape[-1] != self.keys.shape[1]:
+            raise ValueError(
+                f"The {what} of {self.path!r} is {tuple(of_ffn.shape)}, but its adapter was made for a last size of "
+                f"{self.keys.shape[1]}; this is no feed-forward network of the blocks: name another with targets="
+            )
 
     def _output(self, call: _Call, rows: Fetched) -> Tensor:
         s, x = self.settings, call.x.reshape(-1, call.x.shape[-1])
