@@ -133,8 +133,8 @@ def _last_line(engine: AnyEngine, host: str) -> str:
         )
     placement = f", placement {engine.method.settings.placement}" if isinstance(engine.method, MEFT) else ""
     return (
-        f"method {engine.method.name} with {engine.rule.name}{placement}; {host}, {device} beside the weights, micro-batches "
-        f"accumulate on the {engine.method.settings.accumulate}"
+        f"method {engine.method.name} with {engine.rule.name}{placement}; {host}, {device} beside the weights, "
+        f"micro-batches accumulate on the {engine.method.settings.accumulate}"
     )
 
 

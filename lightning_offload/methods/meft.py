@@ -257,8 +257,8 @@ def adapters_of(module: nn.Module) -> list[SparseAdapter]:
     return [part for part in module.modules() if isinstance(part, SparseAdapter)]
 
 
-def attach(module: nn.Module, settings: MEFTSettings) -> list[SparseAdapter]:
-    """The adapters in ``module``, made where there are none.
+def attach(module: nn.Module, settings: MEFTSettings, *, dtype: torch.dtype = torch.float32) -> list[SparseAdapter]:
+    """The adapters in ``module``, made in ``dtype`` where there are none.
 
     Raises:
         ValueError: See ``attach_parameters``.
@@ -266,7 +266,7 @@ def attach(module: nn.Module, settings: MEFTSettings) -> list[SparseAdapter]:
     asked, before = settings.of_adapters(), adapters_of(module)
     if before and settings.seed is None:
         asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now
-    return attach_parameters(module, **asked)
+    return attach_parameters(module, dtype=dtype, **asked)
 
 
 def join(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ _STALLS = {
     "select": "the host, which steps, chooses and gathers rows",
     "gather": "the host, which steps and gathers rows",
     "rows": "the link up, by which rows come",
-    "rows that stay": "the link up, by which rows that stay come anew",
+    "rows that stay": "the link up, by which rows come",
 }
 """By the kind of what compute waits for."""
 

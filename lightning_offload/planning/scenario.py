@@ -137,7 +137,7 @@ class Dry:
         self._at_home: set[int] = set()  # ids of parameters that are in host memory all the time
         if isinstance(method, MEFT):
             with pretending(), twin.mode:
-                adapters = attach(twin.module, method.settings)
+                adapters = attach(twin.module, method.settings, dtype=self.dtypes.compute or torch.float32)
             self._at_home = {id(p) for adapter in adapters for p in (adapter.keys, adapter.values)}
         optimizer = optimizer_of(twin, scenario.optimizer, default_optimizer(scenario.method))
         if isinstance(method, MEFT):

@@ -69,6 +69,7 @@ def run_for_real(
                 with plugin.forward_context(), engine.micro_batch():
                     loss = loss_of(module(**batch))  # nothing else of the output is kept
                 (loss / micro_batches).backward()
+                del loss  # and the leaves of its graph, as Lightning does
         engine.step(clip)
     engine.flush()
     report = lanes.memory.report()

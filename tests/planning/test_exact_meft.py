@@ -6,17 +6,19 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from torch import nn
 
 from lightning_offload.memory.ledger import Total
 from lightning_offload.methods.base import Clip
 from lightning_offload.methods.meft import MEFT, MEFTSettings
 from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.sparse_adapter import attach_parameters
+from lightning_offload.planning import plan
 from lightning_offload.planning.methods import SPARSE
 from lightning_offload.planning.scenario import Dry, Scenario
 from tests.helpers import pairwise, row_id
 from tests.planning.machines import cpu
-from tests.planning.test_exact import STEPS, run_for_real
+from tests.planning.test_exact import STEPS, allocated_peak, run_for_real, sized
 from tests.zoo import ZOO
 
 FIXED: dict[str, Any] = {
@@ -87,3 +89,27 @@ def test_bytes_of_every_lane_and_arenas(row: dict[str, Any]) -> None:
     assert predicted == {kind: (total.operations, total.bytes) for kind, total in moved.items()}
     assert predicted["d2h", "row gradients"][1]
     assert dry.run.lanes.memory.report() == real.report
+
+
+SIZED: dict[str, Any] = {**FIXED, "width": 512, "experts": 16, "active_experts": 8, "top_k": 128}
+"""Nearly all rows are used, in all steps."""
+
+
+@pytest.mark.parametrize("placement", ["host", "keys", "device"])
+@pytest.mark.parametrize(
+    ("family", "precision", "variant"), [("llama", "bf16-true", "repro"), ("opt", "32-true", "paper")]
+)
+def test_the_peak_on_the_device(family: str, precision: Any, variant: Any, placement: Any) -> None:
+    make, batch = sized(family, precision)
+    settings = MEFTSettings(**SIZED, placement=placement, variant=variant)
+    method = AllRows(settings)
+
+    def made() -> nn.Module:
+        module = make()
+        attach_parameters(module, **settings.of_adapters())
+        return module
+
+    asked: dict[str, Any] = {"settings": settings, "precision": precision, "hardware": cpu(), "gradient_clip_val": 1.0}
+    real = allocated_peak(lambda: run_for_real(made(), batch, method, precision, clip=Clip(1.0)))
+    planned = plan(make(), batch, method=SPARSE, union=method.part.take_union_share(), **asked)
+    assert planned.device.bytes == pytest.approx(real, rel=0.01)
