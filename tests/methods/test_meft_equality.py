@@ -99,6 +99,7 @@ def test_equals_torch_on_random_rows(index: int) -> None:
     assert_same(*run_row(row, seed=index))
 
 
+@pytest.mark.filterwarnings("ignore:Each micro-batch has used more than")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("scope", ["token", "union"])
 @pytest.mark.parametrize("gate", ["logit", "none"])
@@ -135,6 +136,7 @@ class DenseParallel(nn.Module):
         return y + torch.relu(args[0].flatten(0, 1) @ self.keys.T).mm(self.values).view(y.shape)
 
 
+@pytest.mark.filterwarnings("ignore:Each micro-batch has used more than")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("scope", ["token", "union"])
 @pytest.mark.parametrize("clip", ["none", "norm"])
