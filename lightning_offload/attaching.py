@@ -137,7 +137,8 @@ def placement(engine: Engine) -> str:
     assert engine.own is not None
     own, parameters = engine.own.trained, sum(unit.numel for unit in engine.units)
     least = engine.method.settings.min_numel
-    small = [t for t in engine.resident.trained if t.parameter.numel() < least]
+    stays = engine.method.stays(engine.module)
+    small = [t for t in engine.resident.trained if t.parameter.numel() < least and id(t.parameter) not in stays]
     rest = {
         "on the common path in host memory": _numel(engine.host.trained),
         f"on the device (smaller than min_numel={least:,})": _numel(small),

@@ -173,7 +173,9 @@ def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
     frozen = unit.numel - sum(count for _, count in parts)
     where = " + ".join(f"{label} {count:,}" for label, count in [*parts, ("frozen", frozen)] if count)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in unit.parameters.values()})
-    device = sum(p.numel() * p.element_size() for p in unit.parameters.values())
+    there = {id(t.parameter) for t in own}
+    device = nbytes(p for p in unit.parameters.values() if id(p) not in there)
+    device += engine.own.device_bytes_of(own) if engine.own is not None else 0
     mib = 1024**2
     return (
         unit.name or "(root)",

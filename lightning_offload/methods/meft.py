@@ -274,8 +274,11 @@ def join(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for adapter in adapters_of(module) for p in adapter.parameters()}
     missing = [(name, p) for name, p in module.named_parameters() if id(p) in own and id(p) not in known]
-    optimizer.param_groups[0]["params"] += [parameter for _, parameter in missing]
-    return [name for name, _ in missing]
+    first, names = optimizer.param_groups[0], [name for name, _ in missing]
+    first["params"] += [parameter for _, parameter in missing]
+    if "param_names" in first:
+        first["param_names"] += names
+    return names
 
 
 def default_experts(width: int) -> int:

@@ -230,6 +230,12 @@ class RowOptimizer(Sender):
         """See ``Sender.device_bytes``: rows that are up, and what stays there."""
         return self._desk.device_bytes + self.resident_bytes
 
+    def device_bytes_of(self, trained: Sequence[Trained]) -> int:
+        """See ``Sender.device_bytes_of``: the parameters are in host memory."""
+        names = {t.name for t in trained}
+        stay = [(home.keys, home.keys_up) for home in self._homes] + [(h.values, h.values_up) for h in self._homes]
+        return nbytes(up for rows, up in stay if up is not None and rows.name in names)
+
     @property
     def resident_bytes(self) -> int:
         """Device bytes of keys and values that stay there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_offload.memory.lanes import Event
+from lightning_offload.memory.lanes import Event, nbytes
 from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 
 FactorsArrived = Callable[[Trained, Tensor, Tensor], None]
@@ -112,6 +112,10 @@ class Sender(ABC):
     @abstractmethod
     def device_bytes(self) -> int:
         """What it holds on the device."""
+
+    def device_bytes_of(self, trained: Sequence[Trained]) -> int:
+        """Of these of its parameters, what is on the device between steps."""
+        return nbytes(t.parameter for t in trained)
 
     @property
     def scratch_bytes(self) -> int:
