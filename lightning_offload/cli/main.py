@@ -37,7 +37,7 @@ lightning-offload: fine-tune language models that do not fit on the GPU
                lightning-offload plan model=llama3_8b hardware=rtx4090
   evaluate   loss, perplexity, bits per byte and a sample
                lightning-offload evaluate ckpt_path=runs/<name>
-  export     a Hugging Face folder from a run's checkpoint, checked by its logits
+  export     a Hugging Face folder from a run's checkpoint, of meft its adapters; checked by logits
                lightning-offload export ckpt_path=runs/<name> output=my_model dtype=bfloat16
   bench      this machine's rates, and the methods beside plain Lightning, their bounds and other packages
                lightning-offload bench

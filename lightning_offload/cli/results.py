@@ -19,6 +19,7 @@ from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import export_to_hf, has_adapters, load_weights
 from lightning_offload.merging import merge_meft_adapter
+from lightning_offload.methods.sparse_adapter import ADAPTER
 from lightning_offload.methods.steplog import load_log
 from lightning_offload.replaying import replay
 from lightning_offload.text import CausalLM
@@ -90,7 +91,16 @@ def _loaded(cfg: DictConfig) -> tuple[Any, Path, Path]:
     model = build(stored, "model")
     put_adapters(stored, model)
     load_weights(model, checkpoint)
+    if has_adapters(model) and stored.precision.precision == "bf16-true":
+        _round(model)
     return model, checkpoint, folder
+
+
+def _round(model: Any) -> None:
+    """All but rows, as it was while they were trained."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith((f"{ADAPTER}keys", f"{ADAPTER}values")):
+            parameter.data = parameter.data.bfloat16()
 
 
 def _replayed(cfg: DictConfig) -> tuple[Any, Path, Path]:

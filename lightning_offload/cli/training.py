@@ -175,5 +175,6 @@ def how_to_load(model: Any, adapter: Path) -> str:
     """The line of Python that puts an adapter on the model that it was trained beside."""
     network: Any = network_of(model)
     base = network.config._name_or_path
-    made = f"{type(network).__name__}.from_pretrained({shown(base)!r})" if base else "<the model it began with>"
+    dtype = str(network.dtype).removeprefix("torch.")
+    made = f"{type(network).__name__}.from_pretrained({shown(base)!r}, dtype={dtype!r})" if base else "<the same model>"
     return f"the model itself has not changed; both together: load_meft_adapter({made}, {shown(adapter)!r})"
