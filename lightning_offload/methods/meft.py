@@ -195,6 +195,12 @@ class MEFT:
                 f"top_k={settings.top_k} leaves nothing out: {settings.active_experts} experts of {group} rows are "
                 f"{settings.active_experts * group}"
             )
+        narrow = {p.dtype for unit in units for p in unit.parameters.values() if p.itemsize == 2}
+        if dtypes.compute is None and narrow:
+            reasons.append(
+                f"rows go up in float32, though weights are in {str(narrow.pop()).removeprefix('torch.')}: "
+                "precision='bf16-true' halves their bytes"
+            )
         if settings.placement == "auto":
             placement, reason = _where(adapters_of(module), units, machine, dtypes)
             settings = replace(settings, placement=placement)

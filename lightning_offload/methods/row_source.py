@@ -254,7 +254,7 @@ class LaneSource:
     def _choose_on_host(self, x: Tensor, experts: Tensor, logits: Tensor | None) -> _Call:
         home, desk, lanes = self._home, self._desk, self._desk.lanes
         slots = [desk.tokens.take(x.numel()), desk.chosen.take(experts.numel())]
-        sent = [x.contiguous(), experts.to(torch.int32)]
+        sent = [x.to(home.keys.shadow.dtype).contiguous(), experts.to(torch.int32)]
         if logits is not None:
             slots.append(desk.logits.take(logits.numel()))
             sent.append(logits)
