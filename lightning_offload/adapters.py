@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -242,15 +242,27 @@ def _settings(config: Mapping[str, Any], file: Path) -> AdapterSettings:
     missing = [n for n in ("target_modules", "base_hash", "base_dtype", *names) if n not in config]
     if missing:
         raise CheckpointError(f"{str(file)!r} has no {missing[0]!r}: it is damaged, or of another version")
+    for name, good in _VALUES.items():
+        if not good(config[name]):
+            raise CheckpointError(f"{str(file)!r} has {name}={config[name]!r}: it is damaged, or of another version")
     settings = AdapterSettings(**{name: config[name] for name in names})
-    for name, choices in (("gate", ("logit", "none")), ("scope", ("token", "union"))):
-        if config[name] not in choices:
-            raise CheckpointError(f"{str(file)!r} has {name}={config[name]!r}, which is none of {', '.join(choices)}")
     if settings.width % settings.experts:
         raise CheckpointError(
             f"{str(file)!r} has experts={settings.experts}, which does not divide width={settings.width}"
         )
     return settings
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_VALUES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("width", "experts", "active_experts", "top_k"), _is_count),
+    "gate": lambda value: value in ("logit", "none"),
+    "scope": lambda value: value in ("token", "union"),
+    "base_dtype": lambda value: isinstance(getattr(torch, str(value), None), torch.dtype),
+}
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
