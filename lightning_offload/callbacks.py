@@ -131,10 +131,12 @@ def _last_line(engine: AnyEngine, host: str) -> str:
             f"method {engine.method.name}, {settings.noise} noise, {2 * settings.directions} forwards per micro-batch; "
             f"{host}, {device}: resident weights, {settings.slots - 1} slots and what forwards see"
         )
-    placement = f", placement {engine.method.settings.placement}" if isinstance(engine.method, MEFT) else ""
+    placement, sums = "", engine.method.settings.accumulate
+    if isinstance(engine.method, MEFT):
+        placement, sums = f", placement {engine.method.settings.placement}", f"host, those of routers on the {sums}"
     return (
         f"method {engine.method.name} with {engine.rule.name}{placement}; {host}, {device} beside the weights, "
-        f"micro-batches accumulate on the {engine.method.settings.accumulate}"
+        f"micro-batches accumulate on the {sums}"
     )
 
 
