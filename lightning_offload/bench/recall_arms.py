@@ -119,7 +119,7 @@ def _meft_arm(width: int, experts: int, note: str, *, rate: float = 1.5e-3, **se
 
 
 def _dense_arm(width: int, rate: float, note: str) -> RecallArm:
-    settings = {"width": width, "experts": 1, "active_experts": 1, "top_k": width, "gate": "none", "key_std": 0.4}
+    settings = {"width": width, "experts": 1, "active_experts": 1, "top_k": width, "gate": "none", "key_std": 0.1}
     return RecallArm(make=_meft, settings={**settings, "on_host": False}, rate=rate, note=note)
 
 
@@ -142,11 +142,10 @@ RECALL_ARMS: Mapping[str, RecallArm] = {
     "meft defaults 1024": _meft_arm(
         1024, 128, "as published: keys N(0, 0.02), 64 rows for each token", rate=3e-3, **PUBLISHED
     ),
-    "meft paper 1024": _meft_arm(1024, 128, f"variant='paper', {QUARTER}", variant="paper"),
-    "dense 1024": _dense_arm(1024, 1.5e-3, "the parallel adapter, keys N(0, 0.4), all of it on the device"),
+    "meft paper 1024": _meft_arm(1024, 128, f"variant='paper', {QUARTER}", rate=1e-2, variant="paper"),
+    "dense 1024": _dense_arm(1024, 1e-2, "the parallel adapter, keys N(0, 0.1), all of it on the device"),
     "lora 7": _lora_arm(7, 6e-3, "all linears, the device bytes of meft 1024, or just above", alpha=14),
-    "lora 112": _lora_arm(112, 1.5e-3, "all linears, trained parameters as meft 1024", alpha=224),
-    "lora qv 32": _lora_arm(32, 1.2e-2, "q and v, the device bytes of meft 1024", alpha=16, targets=_QV),
+    "lora 112": _lora_arm(112, 3e-3, "all linears, trained parameters as meft 1024", alpha=224),
     "lora qv 544": _lora_arm(544, 1.2e-2, "q and v, trained parameters as meft 1024", alpha=16, targets=_QV),
     "adamw": RecallArm(make=_all, rate=3e-3, note="all weights"),
 }
