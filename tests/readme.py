@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.lsp import LSPSettings
+from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.settings import CommonSettings, GradientSettings
 from lightning_offload.methods.zo2 import ZO2Settings
 
@@ -130,6 +131,7 @@ TREE = {
     "lightning_offload/bench/noise.py": "what noise costs on the CPU, beside torch's own",
     "lightning_offload/bench/simulated.py": "planned steps on the machines of `conf/hardware`: schedule against bound",
     "lightning_offload/bench/simulated_zo2.py": "OPT models under zo2, planned, beside its authors' memory",
+    "lightning_offload/bench/simulated_meft.py": "LLaMA-7B under meft, planned, beside adapters on the device",
     "lightning_offload/bench/prediction.py": "the plan beside measured steps: seconds, bytes, peaks",
     "lightning_offload/bench/training.py": "whole steps of models by shape: time, memory, lanes",
     "lightning_offload/bench/quality.py": "held-out loss at equal steps: rates tuned alike, seeds, the table",
@@ -182,6 +184,7 @@ def render(text: str) -> str:
         "settings: generated": settings_rows(FullSettings, shared=True),
         "lsp settings: generated": settings_rows(LSPSettings, shared=False),
         "zo2 settings: generated": settings_rows(ZO2Settings, shared=False),
+        "meft settings: generated": settings_rows(MEFTSettings, shared=False),
         "tree: generated": tree_rows(),
     }
     for marker, rows in tables.items():
