@@ -48,7 +48,7 @@ class FFNBlock(nn.Module):
         self.recompute = recompute
 
     def inner(self, x: Tensor) -> Tensor:
-        places = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+        places = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)[:, None]
         x = x + torch.tanh(self.mix(x.cumsum(1) / places))
         return x + self.mlp(self.norm(x))
 
