@@ -28,6 +28,7 @@ PUBLISHED = {  # parameters as counted in the released weights, and the size in 
     "gpt2_large": (774_030_080, 774e6),
     "gpt2_xl": (1_557_611_200, 1.56e9),
     "llama_1b3": (1_345_423_360, 1.35e9),
+    "llama_7b": (6_738_415_616, 6.74e9),
     "llama3_8b": (8_030_261_248, 8.03e9),
     "llama3_70b": (70_553_706_496, 70.6e9),
     "mixtral_8x7b": (46_702_792_704, 46.7e9),

@@ -15,7 +15,12 @@ from torch.optim import SGD, AdamW, Optimizer
 from lightning_offload.bench.bounds import Counts, full_bound_s, lsp_bound_s, zo2_bound_s
 from lightning_offload.bench.measure import CannotRun
 from lightning_offload.memory.rates import Rates
-from lightning_offload.strategies import FullOffloadStrategy, LSPOffloadStrategy, ZO2OffloadStrategy
+from lightning_offload.strategies import (
+    FullOffloadStrategy,
+    LSPOffloadStrategy,
+    MEFTOffloadStrategy,
+    ZO2OffloadStrategy,
+)
 from lightning_offload.text import CausalLM
 
 LR = 1e-4
@@ -72,6 +77,7 @@ METHODS = (
     Arm(name="full_offload", strategy=FullOffloadStrategy, bound_s=full_bound_s),
     Arm(name="lsp_offload", strategy=LSPOffloadStrategy, bound_s=lsp_bound_s),
     Arm(name="zo2_offload", strategy=ZO2OffloadStrategy, optimizer=_sgd, bound_s=zo2_bound_s),
+    Arm(name="meft_offload", strategy=MEFTOffloadStrategy, note="trains adapters of 1,024 rows, not the weights"),
 )
 """One arm per method of this package."""
 

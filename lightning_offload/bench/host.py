@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_offload.bench.bounds import BYTES_FUSED, BYTES_SUBSPACE
 from lightning_offload.bench.measure import ratio, round_robin, timed
@@ -20,6 +20,8 @@ from lightning_offload.methods.base import DTypes, Flight, Trained, Verdict
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.method import Site
+from lightning_offload.methods.row_source import PUBLISHED_UNION
+from lightning_offload.methods.row_tables import RowSteps, RowTable
 from lightning_offload.methods.rules import frozen_groups, rule_for
 from lightning_offload.methods.subspace import SubspaceOptimizer
 
@@ -57,7 +59,7 @@ def host_phase(numel: int, rounds: int) -> Table:
         (
             f"ratio: to {_NATIVE}",
             f"bound: {BYTES_FUSED} B per parameter, of lsp {BYTES_SUBSPACE} B and gradient and delta per element of a "
-            "subspace, at the rate of the sweep in the same round",
+            "subspace, of meft all that is read and written of rows, at the rate of the sweep in the same round",
         ),
     )
 
@@ -155,6 +157,60 @@ def _lsp_step(shapes: Shapes, dtype: torch.dtype, settings: LSPSettings) -> Call
     return lambda: part.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
 
 
+def _meft(shapes: Shapes) -> dict[str, Phase]:
+    """Rows of tables of these shapes, of which a published share is in use: other ones in every round."""
+    used = [round(PUBLISHED_UNION * rows) for rows, _ in shapes]
+    moved = sum(count * width for count, (_, width) in zip(used, shapes, strict=True))
+    dense, step_all = _tables(shapes, "dense", used)
+    _, step_some = _tables(shapes, "deferred", used)
+    step_bytes, wire = dense[0].step_bytes, dense[0].shadow.element_size()
+    up = {t.name: torch.randn(count, t.master.shape[1]).bfloat16() for t, count in zip(dense, used, strict=True)}
+    total, share = sum(shape.numel() for shape in shapes), f"{100 * PUBLISHED_UNION:.0f} % of rows"
+
+    def gather() -> None:
+        for table, rows in _drawn(dense, used):
+            table.gather(rows, up[table.name])
+
+    def accumulate() -> None:
+        for table, rows in _drawn(dense, used):
+            table.add(rows, up[table.name])
+
+    return {
+        "meft, dense, bf16-true": Phase(step_all, step_bytes * total),
+        f"meft, deferred, {share}, bf16-true": Phase(step_some, step_bytes * moved),
+        f"meft, gather {share}, bf16": Phase(gather, 2 * wire * moved),
+        f"meft, accumulate {share}, bf16": Phase(accumulate, (8 + wire) * moved),
+    }
+
+
+def _tables(shapes: Shapes, steps: RowSteps, used: list[int]) -> tuple[list[RowTable], Callable[[], None]]:
+    """Tables, and what steps them."""
+    trained, optimizer = _trained(shapes)
+    rule, (group,) = rule_for(optimizer), frozen_groups(optimizer)
+
+    def table(one: Trained) -> RowTable:
+        master = one.parameter.data
+        states = {name: torch.zeros_like(master) for name in rule.states}
+        sums, shadow = torch.zeros_like(master), master.bfloat16()
+        return RowTable(
+            name=one.name, trained=one, master=master, states=states, total=sums, shadow=shadow, steps=steps
+        )
+
+    def step() -> None:
+        for table, rows in _drawn(tables, used):
+            table.touched[rows] = True
+            table.make_step(rule, group, Verdict(None, False, 1))
+
+    tables = [table(one) for one in trained]
+    return tables, step
+
+
+def _drawn(tables: list[RowTable], used: list[int]) -> Iterator[tuple[RowTable, Tensor]]:
+    """Random rows of each table, in order."""
+    for table, count in zip(tables, used, strict=True):
+        yield table, torch.randperm(len(table.master))[:count].sort().values
+
+
 def _trained(shapes: Shapes) -> tuple[list[Trained], torch.optim.Optimizer]:
     """Random weights, six to a unit."""
     module = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
@@ -166,5 +222,5 @@ def _trained(shapes: Shapes) -> tuple[list[Trained], torch.optim.Optimizer]:
     return trained, torch.optim.AdamW(module.parameters(), fused=True)
 
 
-PHASES: tuple[Callable[[Shapes], dict[str, Phase]], ...] = (_full, _lsp)
+PHASES: tuple[Callable[[Shapes], dict[str, Phase]], ...] = (_full, _lsp, _meft)
 """One entry per method that works on the host: its phases by name, for weights of these shapes."""

@@ -32,6 +32,11 @@ _HEADS = {
     "host_gib": "host GiB",
     "native_s": "native s",
     "zero_offload_s": "ZeRO-Offload's schedule s",
+    "link_gb": "link GB",
+    "speed_percent": "% of dense speed",
+    "down_p": "down",
+    "up_p": "up",
+    "both_p": "both",
     "device_kib": "device KiB",
     "host_kib": "host KiB",
 }

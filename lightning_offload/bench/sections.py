@@ -19,6 +19,7 @@ from lightning_offload.bench.quality import QualitySettings, quality
 from lightning_offload.bench.recall import RecallSettings, recall
 from lightning_offload.bench.report import Report, Row, Table, environment
 from lightning_offload.bench.simulated import beside_published, machines, simulate
+from lightning_offload.bench.simulated_meft import ONE, WHOLE, beside_meft
 from lightning_offload.bench.simulated_zo2 import beside_zo2
 from lightning_offload.bench.training import Workload, compare
 from lightning_offload.bench.zeroth import ZerothSettings, zeroth
@@ -157,6 +158,12 @@ def _published_zo2(settings: BenchSettings) -> Iterator[Table]:
     yield from beside_zo2(shape, {where: known[where] for where in ("a100", "rtx4090")})
 
 
+def _simulated_meft(settings: BenchSettings) -> Iterator[Table]:
+    known = machines()
+    jobs = [(known[where], job) for where, job in (("rtx3090", ONE), ("rtx3090", WHOLE), ("rtx4090", WHOLE))]
+    yield from beside_meft(shape("llama_7b"), jobs)
+
+
 def _noise(settings: BenchSettings) -> Iterator[Table]:
     yield noise_cost(min(settings.numel, NOISE_NUMEL), settings.rounds)
 
@@ -206,6 +213,7 @@ SECTIONS: dict[str, Section] = {
     "noise": Section(_noise),
     "published": Section(lambda settings: beside_published()),
     "published_zo2": Section(_published_zo2),
+    "simulated_meft": Section(_simulated_meft),
     "training": Section(_training, lambda: _needs_cuda("training")),
     "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
     "quality": Section(
