@@ -179,6 +179,8 @@ def test_a_timeline_shows_rows_on_every_lane(tmp_path: Path) -> None:
     names = " ".join(event["name"] for event in trace["traceEvents"])
     for tag in ("tokens", "select", "rows", "row gradients", "accumulate", "step"):
         assert tag in names, tag
+    for block in range(3):  # backward is told apart by the gradients of rows
+        assert f"backward net.blocks.{block}" in names
 
 
 # Modules that bring a method

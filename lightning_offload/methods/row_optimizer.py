@@ -89,8 +89,8 @@ class RowOptimizer(Sender):
         return trained.name in self._added
 
     def waits(self, trained: Trained) -> bool:
-        """See ``Sender.waits``."""
-        return False
+        """See ``Sender.waits``: asked as rows arrive."""
+        return True
 
     def update(self, groups: Groups, verdict: Verdict, backward_done: Event) -> list[Event]:
         """See ``Part.update``.
@@ -166,6 +166,7 @@ class RowOptimizer(Sender):
 
     def install(self, arrived: Callable[[Trained], None], factors: FactorsArrived) -> list[Callable[[], Any]]:
         """See ``Sender.install``."""
+        self._arrived = arrived
         for home in self._homes:
             home.adapter.source = LaneSource(home, self._desk, self._gradient)
         return [partial(_own_rows_again, [home.adapter for home in self._homes])]
@@ -314,6 +315,7 @@ class RowOptimizer(Sender):
             tag="accumulate",
             traffic_bytes=gradient.numel() * (8 + gradient.element_size()),
         )
+        self._arrived(self._table[name].trained)
         if self._gradients_visible():
             self._show(self._table[name])
 
