@@ -17,6 +17,7 @@ from lightning_offload.attaching import attach, look_for_readers, make_lanes
 from lightning_offload.calibration import Calibration
 from lightning_offload.methods.base import Attached, Clip, DTypes
 from lightning_offload.methods.engine import GRADIENTS, Engine
+from lightning_offload.methods.meft import MEFT
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.resuming import EXTRAS, pack, unpack
 from lightning_offload.windows import Window
@@ -37,6 +38,7 @@ class Attachment(Callback, Generic[AnyEngine]):
         self.clip: Clip | None = None
         self._window = Window()
         self._put_back: Callable[[], object] = bool
+        self._give_back: Callable[[], object] = bool
 
     @staticmethod
     def of(trainer: Trainer) -> Attachment[Any] | None:
@@ -104,10 +106,23 @@ class Attachment(Callback, Generic[AnyEngine]):
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedulers look for their own wrapper
         optimizer.step, self._put_back = step, put_back
 
+    def _take_validation(self, strategy: Any, engine: AnyEngine) -> None:
+        """Hooks before a batch may have written weights of which there are copies; the strategy comes after all."""
+        validate = strategy.validation_step
+
+        def validation_step(*args: Any, **kwargs: Any) -> Any:
+            engine.adopt()
+            return validate(*args, **kwargs)
+
+        strategy.validation_step = validation_step
+        self._give_back = partial(strategy.__dict__.pop, "validation_step")
+
     def _detach(self) -> None:
         """State stays readable: a checkpoint may be saved after fit."""
         put_back, self._put_back = self._put_back, bool
         put_back()
+        give_back, self._give_back = self._give_back, bool
+        give_back()
         if self.engine is not None:
             self.engine.detach()
 
@@ -131,6 +146,8 @@ class GradientAttachment(Attachment[Engine]):
         device = module.device
         engine = attach(who, trainer, module, method, dtypes, device, partial(make_lanes, device))
         self._window = look_for_readers(who, trainer, module, method.settings)
+        if self._window.may_write and isinstance(method, MEFT):
+            self._take_validation(trainer.strategy, engine)
         return engine
 
     @override

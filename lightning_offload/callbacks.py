@@ -131,7 +131,7 @@ def _last_line(engine: AnyEngine, host: str) -> str:
             f"method {engine.method.name}, {settings.noise} noise, {2 * settings.directions} forwards per micro-batch; "
             f"{host}, {device}: resident weights, {settings.slots - 1} slots and what forwards see"
         )
-    placement, sums = "", engine.method.settings.accumulate
+    placement, sums = "", str(engine.method.settings.accumulate)
     if isinstance(engine.method, MEFT):
         placement, sums = f", placement {engine.method.settings.placement}", f"host, those of routers on the {sums}"
     return (

@@ -27,7 +27,6 @@ class ZerothAttachment(Attachment[ZerothEngine]):
     """Weights take an update when they are next needed, or at once where somebody may look at them."""
 
     _resumed = False
-    _give_back: Callable[[], object] = bool
 
     @override
     def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> ZerothEngine:
@@ -37,23 +36,6 @@ class ZerothAttachment(Attachment[ZerothEngine]):
         if self._window.may_write:
             self._take_validation(trainer.strategy, engine)
         return engine
-
-    def _take_validation(self, strategy: Any, engine: ZerothEngine) -> None:
-        """Hooks before a batch may have written weights of which slots have copies; the strategy comes after all."""
-        validate = strategy.validation_step
-
-        def validation_step(*args: Any, **kwargs: Any) -> Any:
-            engine.adopt()
-            return validate(*args, **kwargs)
-
-        strategy.validation_step = validation_step
-        self._give_back = partial(strategy.__dict__.pop, "validation_step")
-
-    @override
-    def _detach(self) -> None:
-        give_back, self._give_back = self._give_back, bool
-        give_back()
-        super()._detach()
 
     @override
     def _load(self, engine: ZerothEngine, states: list[dict[str, Any]]) -> None:
