@@ -29,6 +29,7 @@ from lightning_offload.memory.virtual import VirtualLanes
 from lightning_offload.methods.drivers import Driver
 from lightning_offload.methods.meter import Work, seconds
 from lightning_offload.methods.twin import Step, Twin, TwinMeter, explaining, pretending
+from lightning_offload.numerics.adapter import imitating_gpu
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class DryRun:
     ) -> None:
         self._twin, self._step, self._batch, self._context = twin, step, batch, context
         self._micro_batches = micro_batches
-        self._cost = costs(machine)
+        self._cost, self._on_gpu = costs(machine), machine.device_type != "cpu"
         self._tape: Tape | None = None  # that is being recorded; None while the driver runs
         self._spent_s: defaultdict[str, float] = defaultdict(float)  # compute of the driver
         self._seen_block = False
@@ -346,7 +347,8 @@ class DryRun:
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        with pretending(), warnings.catch_warnings(), self._twin.mode, self.meter:
+        as_machine = imitating_gpu(self._on_gpu)
+        with pretending(), as_machine, warnings.catch_warnings(), self._twin.mode, self.meter:
             warnings.simplefilter("ignore")
             yield
 

@@ -117,7 +117,8 @@ class Meter(TorchDispatchMode):
         if self.on_work is not None:
             if "out" in kwargs:  # written, not read
                 inputs = _tensors((args, {**kwargs, "out": None}))
-            narrow = bool(outputs) and outputs[0].dtype in (torch.bfloat16, torch.float16)
+            deciding = inputs if func in _WIDENING else outputs
+            narrow = bool(deciding) and deciding[0].dtype in (torch.bfloat16, torch.float16)
             written = outputs or _written(func, args, kwargs)
             self.on_work(Work(flops, _traffic(func, inputs, written), narrow))
 
@@ -233,6 +234,9 @@ _FREE = {
     aten._local_scalar_dense.default,
 }
 """Not views, and yet no kernel runs."""
+
+_WIDENING = {aten.mm.dtype, aten.mm.dtype_out}
+"""Products of 16-bit operands, summed and given in fp32."""
 
 _LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
 _OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.random_}

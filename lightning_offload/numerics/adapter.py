@@ -12,6 +12,8 @@ gate "none" both scopes are the dense parallel adapter. 16-bit operands accumula
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,11 +196,25 @@ class _Adapter(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_keys, grad_values, grad_router, None, None, None
 
 
+_imitates_gpu = False
+
+
+@contextmanager
+def imitating_gpu(yes: bool) -> Iterator[None]:
+    """Inside, fake tensors on the CPU are multiplied as a GPU would."""
+    global _imitates_gpu
+    before, _imitates_gpu = _imitates_gpu, yes
+    try:
+        yield
+    finally:
+        _imitates_gpu = before
+
+
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """Their product in at least fp32; written to a given output, which autocast leaves alone."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     out = a.new_empty(a.shape[0], b.shape[1], dtype=wide)
-    if a.is_cuda and a.dtype == b.dtype != wide:
+    if (a.is_cuda or _imitates_gpu) and a.dtype == b.dtype != wide:
         return torch.mm(a, b, out_dtype=wide, out=out)
     return torch.mm(a.to(wide), b.to(wide), out=out)
 

@@ -99,6 +99,13 @@ def test_no_schedule_takes_less_than_the_bound(placement: Any) -> None:
         assert made.bound_s <= made.step_s * (1 + 1e-9)
 
 
+def test_adapters_are_multiplied_in_16_bits_on_a_gpu() -> None:
+    """Whose sums are fp32; on a CPU the operands are."""
+    for machine, same in ((gpu, True), (cpu, False)):
+        slow, fast = (planned(machine(fp32_tflops=tflops)).forward_s for tflops in (0.01, 50))
+        assert (slow == fast) is same
+
+
 def test_rows_are_in_host_memory_and_nowhere_else() -> None:
     on_host, on_device = (planned(placement=placement) for placement in ("host", "device"))
     numel = 2 * 4 * 1024 * 192
