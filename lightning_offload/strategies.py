@@ -442,6 +442,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         layers: ``"all"``, or indices of blocks.
         targets: Feed-forward networks by name or regular expression, where they are not found.
         router_init: ``"keys"`` or ``"normal"``.
+        key_std: Standard deviation of the initial keys; ``"auto"`` is the paper's, scaled to the hidden size.
         seed: Of the initial keys; ``None`` is torch's initial seed.
         adapter_only: Leave the frozen weights out of checkpoints.
         accumulate: Where micro-batches of the routers accumulate; those of rows do so on the host.
@@ -480,6 +481,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         layers: Literal["all"] | Sequence[int] = "all",
         targets: str | Sequence[str] | None = None,
         router_init: Literal["keys", "normal"] = "keys",
+        key_std: float | Literal["auto"] = "auto",
         seed: int | None = None,
         accumulate: Literal["auto", "device", "host"] = "auto",
         min_numel: int = 4096,
@@ -511,6 +513,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
                 "layers": layers,
                 "targets": targets,
                 "router_init": router_init,
+                "key_std": key_std,
                 "seed": seed,
                 "accumulate": accumulate,
                 "min_numel": min_numel,

@@ -42,6 +42,7 @@ def test_it_is_registered_and_its_settings_reach_the_method() -> None:
         ({"variant": "v2"}, r"`variant` must be one of 'repro', 'paper', got 'v2'"),
         ({"layers": []}, r"`layers` must be 'all' or a list of block indices, got \[\]"),
         ({"layers": "last"}, r"`layers` must be 'all' or a list"),
+        ({"key_std": 0}, r"`key_std` must be a number > 0 or 'auto', got 0"),
         ({"router_init": "zeros"}, r"`router_init` must be one of 'keys', 'normal'"),
         ({"placement": "device", "row_optimizer": "deferred"}, r"`placement='device'` fetches none.*'keys' or 'host'"),
         ({"min_numel": -1}, r"`min_numel` must be"),

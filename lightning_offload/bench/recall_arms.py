@@ -91,15 +91,12 @@ def _lora(network: Any, rate: float, *, rank: int, alpha: int, targets: str | li
     return Trained(_adamw(added, rate), added)
 
 
-def _meft(network: Any, rate: float, *, on_host: bool = True, key_std: float = KEY_STD, **settings: Any) -> Trained:
+def _meft(network: Any, rate: float, *, on_host: bool = True, **settings: Any) -> Trained:
     """Plain torch on the adapters, which the engine equals bit for bit; bytes are those of ``placement="host"``."""
     asked = MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters()
     adapters = attach_parameters(network, **asked)
     rows = [p for adapter in adapters for p in (adapter.keys, adapter.values)]
     routers = [adapter.router for adapter in adapters]
-    with torch.no_grad():
-        for scaled in (*routers, *(adapter.keys for adapter in adapters)):
-            scaled.mul_(key_std / KEY_STD)
     trained = routers if asked["gate"] == "logit" else []
     optimizer = _adamw(rows + trained, rate)
     return Trained(optimizer, trained, rows) if on_host else Trained(optimizer, rows + trained)

@@ -72,6 +72,7 @@ class MEFTSettings(GradientSettings):
         layers: ``"all"``, or indices of blocks, negative ones from the end.
         targets: Feed-forward networks by name (the end of a path) or regular expression, where they are not found.
         router_init: ``"keys"`` (50 times the mean of the expert's keys) or ``"normal"``.
+        key_std: Standard deviation of the initial keys; ``"auto"`` is ``0.02 sqrt(4096 / d)``, the paper's at its d.
         seed: Of the initial keys; ``None`` is torch's initial seed.
     """
 
@@ -87,6 +88,7 @@ class MEFTSettings(GradientSettings):
     layers: Literal["all"] | Sequence[int] = "all"
     targets: str | Sequence[str] | None = None
     router_init: Literal["keys", "normal"] = "keys"
+    key_std: float | Literal["auto"] = "auto"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +101,9 @@ class MEFTSettings(GradientSettings):
             require(value in choices, name, value, f"one of {', '.join(map(repr, choices))}")
         require(self.experts == "auto" or _whole(self.experts, 1), "experts", self.experts, "an integer >= 1 or 'auto'")
         require(self.seed is None or _whole(self.seed, 0), "seed", self.seed, "an integer >= 0, or None")
+        std = self.key_std
+        is_number = isinstance(std, int | float) and not isinstance(std, bool) and 0 < std < math.inf
+        require(std == "auto" or is_number, "key_std", std, "a number > 0 or 'auto'")
         self._check_layers()
         if self.width % self.expert_count:
             near = sorted(_divisors(self.width), key=lambda n: abs(n - self.expert_count))[:2]
@@ -145,6 +150,7 @@ class MEFTSettings(GradientSettings):
             "gate": self.gate or gate,
             "scope": self.scope or scope,
             "router_init": self.router_init,
+            "key_std": None if self.key_std == "auto" else float(self.key_std),
             "seed": torch.initial_seed() % 2**63 if self.seed is None else self.seed,
             "layers": self.layers,
             "targets": self.targets,

@@ -7,6 +7,7 @@ sum after it can tell apart.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +21,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_offload.methods.ffn import FFN, find_ffns, input_of, output_of, with_output
 from lightning_offload.methods.padding import Forwards, Padding
 from lightning_offload.numerics.adapter import Gate, Picks, Scope, adapter, route, select, union
-
 
 ADAPTER = ".meft."
 """In the name of every parameter of an adapter."""
@@ -37,7 +37,8 @@ class AdapterSettings:
         top_k: K, rows of a token.
         gate: Whether the router's logit multiplies u.
         scope: Whether a token uses its own rows, or those of all tokens.
-        router_init: "keys": 50 times the mean of an expert's keys; "normal": N(0, 0.02).
+        router_init: "keys": 50 times the mean of an expert's keys; "normal": as the keys.
+        key_std: Standard deviation of initial keys; None: ``default_key_std``.
         seed: Of the keys, and of the router.
     """
 
@@ -48,7 +49,13 @@ class AdapterSettings:
     gate: Gate = "logit"
     scope: Scope = "token"
     router_init: Literal["keys", "normal"] = "keys"
+    key_std: float | None = None
     seed: int = 0
+
+
+def default_key_std(hidden_size: int) -> float:
+    """The paper's 0.02 at its d = 4096, and at any d the same spread of ``x . key`` for inputs of one scale."""
+    return 0.02 * math.sqrt(4096 / hidden_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +94,7 @@ class RowSource(Protocol):
 class SparseAdapter(nn.Module):
     """The rows of one FFN; itself the source of them.
 
-    Keys are N(0, 0.02) by a generator of ``seed`` and ``path`` alone, values zero.
+    Keys are normal by a generator of ``seed`` and ``path`` alone, values zero.
 
     Args:
         path: Of the FFN in the model.
@@ -120,11 +127,12 @@ class SparseAdapter(nn.Module):
         assert width % experts == 0, (width, experts)
         seed = int.from_bytes(sha256(f"{settings.seed} {path}".encode()).digest()[:8], "little")
         random = torch.Generator().manual_seed(seed)
-        keys = torch.empty(width, hidden_size).normal_(0.0, 0.02, generator=random)
+        std = default_key_std(hidden_size) if settings.key_std is None else settings.key_std
+        keys = torch.empty(width, hidden_size).normal_(0.0, std, generator=random)
         if settings.router_init == "keys":
             router = 50 * keys.unflatten(0, (experts, -1)).mean(1)
         else:
-            router = torch.empty(experts, hidden_size).normal_(0.0, 0.02, generator=random)
+            router = torch.empty(experts, hidden_size).normal_(0.0, std, generator=random)
         self.keys = nn.Parameter(keys.to(device, dtype))
         self.values = nn.Parameter(torch.zeros(width, hidden_size, device=device, dtype=dtype))
         self.router = nn.Parameter(router.to(device, dtype))

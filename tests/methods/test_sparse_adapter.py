@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_offload.methods.ffn import find_ffns
-from lightning_offload.methods.sparse_adapter import Fetched, SparseAdapter, attach_parameters, detach
+from lightning_offload.methods.sparse_adapter import Fetched, SparseAdapter, attach_parameters, default_key_std, detach
 from lightning_offload.numerics.adapter import Picks
 from lightning_offload.text import TINY_PATH, CausalLM
 from lightning_offload.text.loss import next_token_loss
@@ -331,9 +331,12 @@ def test_numbers_depend_on_seed_and_path_alone() -> None:
     assert not torch.equal(whole[0].keys, whole[1].keys)
     assert not torch.equal(build("llama", seed=1)[2][0].keys, whole[0].keys)
     assert not any(adapter.values.any() for adapter in whole)
-    assert abs(build("llama", width=4096, experts=64)[2][0].keys.std().item() / 0.02 - 1) < 0.01
+    wide = build("llama", width=4096, experts=64)[2][0].keys
+    assert abs(wide.std().item() / default_key_std(wide.shape[1]) - 1) < 0.01
+    assert default_key_std(4096) == 0.02, "the paper's"
+    assert abs(build("llama", width=4096, experts=64, key_std=0.02)[2][0].keys.std().item() / 0.02 - 1) < 0.01
     assert torch.equal(whole[0].router[1], 50 * whole[0].keys[4:8].mean(0))
-    normal = build("llama", width=4096, experts=1024, router_init="normal")[2][0]
+    normal = build("llama", width=4096, experts=1024, router_init="normal", key_std=0.02)[2][0]
     assert abs(normal.router.std().item() / 0.02 - 1) < 0.02
 
 
