@@ -86,8 +86,8 @@ RULES = {
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench conf "
-        "__init__ text",
+        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench "
+        "conf __init__ text",
         "torch lightning hydra omegaconf",
     ),
 }
