@@ -19,7 +19,7 @@ from lightning_offload.methods.base import Attached, Clip, DTypes
 from lightning_offload.methods.engine import GRADIENTS, Engine
 from lightning_offload.methods.meft import MEFT
 from lightning_offload.precision import OffloadPrecision
-from lightning_offload.resuming import EXTRAS, pack, unpack
+from lightning_offload.resuming import EXTRAS, pack, restore_rows, unpack
 from lightning_offload.windows import Window
 
 AnyEngine = TypeVar("AnyEngine", bound=Attached)
@@ -58,16 +58,16 @@ class Attachment(Callback, Generic[AnyEngine]):
         dtypes = OffloadPrecision.from_plugin(trainer.precision_plugin, who).dtypes(method)
         self.engine = self._attach(who, trainer, pl_module, method, dtypes)
         self._take_step(trainer.strategy.optimizers[0])
-        states = trainer._checkpoint_connector._loaded_checkpoint.get("optimizer_states")
-        if states:  # empty: of no use to this method
-            self._load(self.engine, states)
+        checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+        if checkpoint.get("optimizer_states"):  # empty: of no use to this method
+            self._load(self.engine, checkpoint)
 
     def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> AnyEngine:
         """An engine, and the window of this fit."""
         raise NotImplementedError
 
-    def _load(self, engine: AnyEngine, states: list[dict[str, Any]]) -> None:
-        """Continue from the optimizer states of a checkpoint."""
+    def _load(self, engine: AnyEngine, checkpoint: dict[str, Any]) -> None:
+        """Continue from the optimizer states of a checkpoint; the Trainer loads what is then in it."""
         raise NotImplementedError
 
     def _step(self, engine: AnyEngine, clip: Clip | None) -> None:
@@ -151,10 +151,12 @@ class GradientAttachment(Attachment[Engine]):
         return engine
 
     @override
-    def _load(self, engine: Engine, states: list[dict[str, Any]]) -> None:
+    def _load(self, engine: Engine, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint["optimizer_states"]
+        restore_rows(engine, checkpoint["state_dict"])
         self._pending = unpack(engine, self._calibration, states)
         if GRADIENTS not in states[0].get(EXTRAS, {GRADIENTS: {}}):
-            states[:] = [engine.optimizer_state()]  # what the Trainer loads next: not another optimizer's
+            states[:] = [engine.optimizer_state()]  # not another optimizer's
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

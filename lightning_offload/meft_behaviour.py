@@ -18,6 +18,7 @@ from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of, atta
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.row_forwards import RowForwards
 from lightning_offload.methods.sparse_adapter import ADAPTER, backbone_names
+from lightning_offload.resuming import restore_rows
 from lightning_offload.windows import copies_module, writes_while_evaluating
 
 
@@ -152,8 +153,10 @@ class MEFTBehaviour(GradientBehaviour):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self.engine is not None and not has_adapters(checkpoint):
             warn_of_new_adapters(self.strategy_name)
-        else:
-            super().load_optimizer_state_dict(checkpoint)
+            return
+        if self.engine is not None:
+            restore_rows(self.engine, checkpoint["state_dict"])
+        super().load_optimizer_state_dict(checkpoint)
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_offload.calibration import Calibration
 from lightning_offload.errors import CheckpointError
 from lightning_offload.methods.engine import GRADIENTS, METHOD, OWN, SETTINGS, Engine
+from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.zeroth import ZerothEngine
 
 CALIBRATION = "calibration"
@@ -63,6 +65,17 @@ def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]
         _warn_of_new_moments(engine, extras)
     gradients: Mapping[str, Tensor] = extras.get(GRADIENTS, {})
     return gradients
+
+
+@torch.no_grad()
+def restore_rows(engine: Engine, state: Mapping[str, Tensor]) -> None:
+    """Rows of method ``meft`` in full: into parameters of 16 bits they were rounded as the module was loaded."""
+    if isinstance(engine.own, RowOptimizer):
+        engine.flush()
+        for trained in engine.own.trained:
+            if trained.name in state:
+                trained.parameter.copy_(state[trained.name])
+        engine.adopt()
 
 
 def warn_of_weights_alone(engine: Engine | ZerothEngine, extras: Mapping[str, Any]) -> None:

@@ -38,10 +38,10 @@ class ZerothAttachment(Attachment[ZerothEngine]):
         return engine
 
     @override
-    def _load(self, engine: ZerothEngine, states: list[dict[str, Any]]) -> None:
-        self._resumed = True
+    def _load(self, engine: ZerothEngine, checkpoint: dict[str, Any]) -> None:
+        states, self._resumed = checkpoint["optimizer_states"], True
         unpack_zeroth(engine, states)
-        states[:] = [engine.optimizer_state()]  # what the Trainer loads next; another method has other groups
+        states[:] = [engine.optimizer_state()]  # another method has other groups
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -162,6 +162,26 @@ def test_checkpoints_of_the_mixin_continue_in_each_other(
         assert_equal(content(whole), content(resumed))
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(("first", "second"), [("meft_offload", "auto"), ("auto", "meft_offload"), ("auto", "auto")])
+def test_rows_resume_in_full_where_parameters_are_in_16_bits(
+    tmp_path: Path, first: str, second: str, rounded: bool
+) -> None:
+    """A plain strategy rounds all parameters between loading them and the start of fit."""
+
+    def new(narrow: bool) -> NumberedOwn:
+        module = NumberedOwn({"accumulate_grad_batches": 2})
+        attach(module)
+        if narrow:
+            module.net.bfloat16()
+        return module
+
+    run: dict[str, Any] = {"steps": 5, "precision": "bf16-true"}
+    whole = fit(new(True), first, callbacks=[SaveEachBatch(tmp_path / "whole")], **run)
+    saving, path = SaveEachBatch(tmp_path / "again"), tmp_path / "whole" / "3.ckpt"
+    assert_equal(content(whole), content(fit(new(rounded), second, callbacks=[saving], ckpt_path=path, **run)))
+
+
 def test_plain_lightning_with_adapters_and_ours_continue_in_each_other(tmp_path: Path) -> None:
     whole = fit(Numbered(attached={}), steps=6)
     fit(Numbered(attached={}), steps=3).save_checkpoint(tmp_path / "plain.ckpt")
