@@ -223,6 +223,7 @@ def draw_recall(done: Mapping[str, list[Recalled]], out: Path) -> Path:
     # by object: pyplot would keep figures in global state and could open a window
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7.2, 3.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -231,11 +232,15 @@ def draw_recall(done: Mapping[str, list[Recalled]], out: Path) -> Path:
     for name, results in done.items():
         families.setdefault(name.rpartition(" ")[0] or name, []).append(results)
     for at, (family, arms) in enumerate(families.items()):
-        points = sorted((results[0].parameters, fmean(r.right_percent for r in results)) for results in arms)
+        points = sorted((results[0].parameters / 1e6, fmean(r.right_percent for r in results)) for results in arms)
         axes.plot(*zip(*points, strict=True), "o-", color=f"C{at}", markeredgecolor="white", label=family)
         for result in (result for results in arms for result in results):
-            axes.plot(result.parameters, result.right_percent, ".", color=f"C{at}", markersize=4, alpha=0.5)
-    axes.set(xlabel="trained parameters", ylabel="facts recalled (%)", xscale="log")
+            axes.plot(result.parameters / 1e6, result.right_percent, ".", color=f"C{at}", markersize=4, alpha=0.5)
+    axes.set(xlabel="trained parameters (millions)", ylabel="facts recalled (%)", xscale="log")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
