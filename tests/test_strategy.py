@@ -50,7 +50,7 @@ def test_without_the_import_lightning_says_what_the_readme_quotes() -> None:
 def test_settings_are_the_signature(kind: type[OneDevice]) -> None:
     """One dataclass is the single source: names and defaults."""
     parameters = inspect.signature(kind).parameters
-    base = ("calibration_dataloader", "log_file", "accelerator", "checkpoint_io", "precision_plugin")
+    base = ("calibration_dataloader", "log_file", "adapter_only", "accelerator", "checkpoint_io", "precision_plugin")
     settings = {name: p.default for name, p in parameters.items() if name not in base}
     assert settings == {field.name: field.default for field in fields(kind.settings_type)}
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
