@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from tests.helpers import adamw
 from tests.lit import assert_equal_modules, fit
+from tests.meft import FFNNet
 from tests.meft_lit import MLit, MManual, MOwn, meft, shuffled_meft
 
 
@@ -213,6 +214,25 @@ def test_callbacks_behave_as_under_plain_lightning(name: str, make: Any, placeme
     run = {"max_epochs": 3, "limit_val_batches": 2, "val_check_interval": 4}
     fit(plain, callbacks=[CALLBACKS[name]()], **run)
     fit(ours, make(placement=placement), callbacks=[CALLBACKS[name]()], **run)
+    assert_equal_modules(plain, ours)
+
+
+class BuiltLate(MLit):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = FFNNet()
+
+
+@pytest.mark.parametrize("name", ["ema", "swa"])
+@pytest.mark.filterwarnings("ignore:.*overrides the `configure_model`")
+def test_averages_of_a_module_that_is_built_late(name: str) -> None:
+    plain, ours = MLit(attached={}), BuiltLate()
+    fit(plain, callbacks=[CALLBACKS[name]()], max_epochs=3)
+    fit(ours, meft(), callbacks=[CALLBACKS[name]()], max_epochs=3)
     assert_equal_modules(plain, ours)
 
 
