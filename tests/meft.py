@@ -23,7 +23,7 @@ from tests.adapter import dense
 from tests.helpers import VOCAB, WIDTH
 
 PLACEMENTS = ["host", "keys", "device"]
-SIZES: dict[str, Any] = {"width": 48, "experts": 12, "active_experts": 3, "top_k": 6}
+SIZES: dict[str, Any] = {"width": 48, "experts": 12, "active_experts": 3, "top_k": 6, "key_std": 0.02}
 """A token's experts have 12 rows, of which it uses 6."""
 
 

@@ -15,7 +15,7 @@ from lightning_offload.methods.sparse_adapter import attach_parameters
 from tests.lit import Lit, Manual, ShuffledStrategy
 from tests.meft import SIZES, FFNNet
 
-MEFT: dict[str, Any] = {**SIZES, "seed": 5, "row_optimizer": "dense", "router_init": "normal", "key_std": 0.02}
+MEFT: dict[str, Any] = {**SIZES, "seed": 5, "row_optimizer": "dense", "router_init": "normal"}
 """Every row stepped in every step, as torch does it; routers as small as the test net's activations."""
 
 
