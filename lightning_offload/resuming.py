@@ -14,6 +14,7 @@ from lightning_offload.calibration import Calibration
 from lightning_offload.errors import CheckpointError
 from lightning_offload.methods.engine import GRADIENTS, METHOD, OWN, SETTINGS, Engine
 from lightning_offload.methods.row_optimizer import RowOptimizer
+from lightning_offload.methods.subspace import SubspaceOptimizer
 from lightning_offload.methods.zeroth import ZerothEngine
 
 CALIBRATION = "calibration"
@@ -61,7 +62,8 @@ def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]
     if extras:
         engine.load_extras(dict(extras))
         calibration.load(extras.get(CALIBRATION, {}))
-    if extras.get(METHOD) != engine.method.name and (engine.own is not None or extras.get(OWN)):
+    projects = isinstance(engine.own, SubspaceOptimizer)  # rows have torch's own moments
+    if extras.get(METHOD) != engine.method.name and (projects or extras.get(OWN)):
         _warn_of_new_moments(engine, extras)
     gradients: Mapping[str, Tensor] = extras.get(GRADIENTS, {})
     return gradients
@@ -110,7 +112,8 @@ def _check_window(engine: Engine, extras: Mapping[str, Any]) -> None:
 
 def _warn_of_new_moments(engine: Engine, extras: Mapping[str, Any]) -> None:
     source = f"method `{extras[METHOD]}`" if METHOD in extras else "a plain Trainer"
-    projected = {t.name for t in engine.own.trained} if engine.own is not None else set(extras[OWN])
+    own = engine.own
+    projected = {t.name for t in own.trained} if isinstance(own, SubspaceOptimizer) else set(extras[OWN])
     rank_zero_warn(
         f"The checkpoint was made by {source}, this run trains by method `{engine.method.name}`: weights are loaded, "
         f"but the optimizer's moments of {len(projected)} linear weights live in another space and start anew."

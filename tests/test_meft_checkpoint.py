@@ -182,13 +182,16 @@ def test_rows_resume_in_full_where_parameters_are_in_16_bits(
     assert_equal(content(whole), content(fit(new(rounded), second, callbacks=[saving], ckpt_path=path, **run)))
 
 
-def test_plain_lightning_with_adapters_and_ours_continue_in_each_other(tmp_path: Path) -> None:
+def test_plain_lightning_with_adapters_and_ours_continue_in_each_other(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     whole = fit(Numbered(attached={}), steps=6)
     fit(Numbered(attached={}), steps=3).save_checkpoint(tmp_path / "plain.ckpt")
     fit(Numbered(), meft(), steps=3).save_checkpoint(tmp_path / "ours.ckpt")
     for module, strategy, path in ((Numbered(), meft(), "plain"), (Numbered(attached={}), "auto", "ours")):
         resumed = fit(module, strategy, steps=6, ckpt_path=tmp_path / f"{path}.ckpt")
         assert_equal(content(whole), content(resumed), extras=False)
+    assert not [w for w in recwarn if "start anew" in str(w.message)], "moments go on"
 
 
 def test_saving_changes_nothing_and_after_fit_equals_in_it(tmp_path: Path) -> None:
