@@ -15,6 +15,7 @@ from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.ledger import Ledger, Span, Total
 from lightning_offload.methods.engine import Engine
+from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.timeline import LANES, LaneUse, Prediction, StepUse, draw, summary, write_trace
 
@@ -104,6 +105,9 @@ class OffloadTimeline(Callback):
         engine.flush()
         predicted = self.predicted.use if self.predicted is not None else None
         rank_zero_info(summary(predicted, self._measured(engine)))
+        if isinstance(engine, Engine) and isinstance(engine.own, RowOptimizer):
+            said = "" if predicted is None else "; bytes were predicted for the union that the plan names"
+            rank_zero_info(f"forwards of this run used {engine.own.union_share:.0%} of a layer's rows{said}")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

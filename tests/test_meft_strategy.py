@@ -172,9 +172,13 @@ def test_statistics_have_the_share_of_rows_in_use() -> None:
     assert 0 < run.callback_metrics["union"] <= 12 / 48  # 12 tokens use a row each
 
 
-def test_a_timeline_shows_rows_on_every_lane(tmp_path: Path) -> None:
-    timeline = OffloadTimeline(tmp_path, first_step=2, steps=2)
-    fit(MLit(), meft(placement="host"), callbacks=[timeline])
+def test_a_timeline_shows_rows_on_every_lane(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    timeline, strategy = OffloadTimeline(tmp_path, first_step=2, steps=2), meft(placement="host")
+    with caplog.at_level(logging.INFO):
+        fit(MLit(), strategy, callbacks=[timeline])
+    assert strategy.engine is not None
+    share = strategy.engine.own.union_share  # type: ignore[union-attr]
+    assert f"forwards of this run used {share:.0%} of a layer's rows" in caplog.text
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     trace = json.loads(next(tmp_path.glob("*.json")).read_text())
     names = " ".join(event["name"] for event in trace["traceEvents"])

@@ -246,6 +246,11 @@ class RowOptimizer(Sender):
         """What share of the rows a call uses, for lanes on which nothing is real."""
         self._desk.expected_union = share
 
+    @property
+    def union_share(self) -> float:
+        """Rows used per row there is, over all calls so far."""
+        return self._desk.share_since((0, 0))
+
     def take_union_share(self) -> float:
         """Rows used per row there is, over the calls since this was asked last."""
         before, self._asked = self._asked, self._desk.used
