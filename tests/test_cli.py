@@ -225,7 +225,8 @@ def test_a_log_is_exported_as_the_checkpoint_is(precision: str, run, refused, gi
 def test_a_run_by_meft_leaves_an_adapter(
     precision: str, adapter_only: str, run, refused, given, inputs, capsys
 ) -> None:
-    rows = [f"trainer.strategy.{name}" for name in ("width=24", "experts=6", "active_experts=2", "top_k=5")]
+    sizes = ("width=24", "experts=6", "active_experts=2", "top_k=5", "key_std=0.02")
+    rows = [f"trainer.strategy.{name}" for name in sizes]
     settings = ["method=meft", *rows, f"trainer.strategy.adapter_only={adapter_only}", "name=mine", "trace=false"]
     settings.append(f"precision={precision}")
     assert run("train", *given, *settings) == 0

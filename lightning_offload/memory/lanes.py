@@ -142,6 +142,18 @@ def host_buffers(memory: HostMemory, name: str, sizes: Sequence[int], dtype: tor
     return [region.carve(size, dtype) for size in sizes]
 
 
+def shared_buffers(
+    lanes: Lanes, label: str, sizes: Sequence[int], kinds: Sequence[tuple[torch.dtype, Place]]
+) -> list[Tensor]:
+    """One flat buffer per size; those of one dtype and place share one exact region."""
+    made: dict[int, Tensor] = {}
+    for kind in dict.fromkeys(kinds):
+        chosen = [at for at, other in enumerate(kinds) if other == kind]
+        name = ".".join([label, *(str(part) for part in kind)])
+        made |= dict(zip(chosen, lanes.buffers(name, [sizes[at] for at in chosen], *kind), strict=True))
+    return [made[at] for at in range(len(sizes))]
+
+
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the elements of ``tensors``."""
     return sum(t.numel() * t.element_size() for t in tensors)

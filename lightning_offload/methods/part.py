@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.memory.lanes import Event, Lanes, shared_buffers
 from lightning_offload.memory.slots import Ring
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import AnyHome, UnitHomes
@@ -219,12 +219,7 @@ class HostPart(Sender, Generic[AnyHome]):
 
     def _carve(self, label: str, sizes: Sequence[int], kinds: Sequence[tuple[torch.dtype, Any]]) -> list[Tensor]:
         """One flat buffer per size; those of one dtype and place share one exact region."""
-        made: dict[int, Tensor] = {}
-        for kind in dict.fromkeys(kinds):
-            chosen = [at for at, other in enumerate(kinds) if other == kind]
-            name = ".".join([label, *(str(part) for part in kind)])
-            made |= dict(zip(chosen, self._lanes.buffers(name, [sizes[at] for at in chosen], *kind), strict=True))
-        return [made[at] for at in range(len(sizes))]
+        return shared_buffers(self._lanes, label, sizes, kinds)
 
     def _carve_states(self, label: str, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
         """Optimizer state, by member."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_offload.memory.lanes import Event, nbytes
+from lightning_offload.memory.lanes import Event, Place, nbytes, shared_buffers
 from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import load_state, weight_dtype
 from lightning_offload.methods.row_source import STAY, AdapterRows, Desk, LaneSource, Placement
@@ -274,22 +274,22 @@ class RowOptimizer(Sender):
         shape, numel, shown = parameter.shape, parameter.numel(), weight_dtype(parameter, self._dtypes)
         rounded = shown != torch.float32
 
-        def make(what: str, dtype: torch.dtype = torch.float32, *, pinned: bool = False) -> Tensor:
-            place: Any = "pinned" if pinned else "host"
-            return self._lanes.buffers(f"{name}.{what}", [numel], dtype, place)[0].view(shape)
-
-        master = make("master", pinned=stays and not rounded)
+        # one region for all that is alike: the system maps a limited number of them
+        kinds: list[tuple[torch.dtype, Place]] = [(torch.float32, "pinned" if stays and not rounded else "host")]
+        kinds += [(torch.float32, "host")] * (1 + len(self._rule.states))
+        kinds += [(shown, "pinned" if stays else "host")] * rounded
+        master, total, *others = (t.view(shape) for t in shared_buffers(self._lanes, name, [numel] * len(kinds), kinds))
         with torch.no_grad():
             master.copy_(parameter.detach())
         parameter.data = master
-        shadow = make("shadow", shown, pinned=stays) if rounded else master
+        shadow = others.pop() if rounded else master
         lazy = self._row_optimizer == "lazy"
         table = RowTable(
             name=name,
             trained=trained,
             master=master,
-            states={state: make(state) for state in self._rule.states},
-            total=make("sum"),
+            states=dict(zip(self._rule.states, others, strict=True)),
+            total=total,
             shadow=shadow,
             steps="dense" if (stays or whole) and not lazy else self._row_optimizer,
         )

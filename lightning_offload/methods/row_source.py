@@ -7,10 +7,10 @@ Of each call of a network: the device routes; whoever has the keys selects (the 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -366,13 +366,20 @@ class LaneSource:
     def _leaf(self, table: Rows, shown: Tensor, rows: Tensor) -> Tensor:
         """What autograd gives the gradient of these rows to."""
         leaf = shown.detach().requires_grad_()
-        leaf.register_post_accumulate_grad_hook(partial(self._gradient, table, rows))
+        leaf.register_post_accumulate_grad_hook(_telling(weakref.ref(self), weakref.ref(table), rows))
         return leaf
 
-    def _gradient(self, table: Rows, rows: Tensor, leaf: Tensor) -> None:
+
+def _telling(source: weakref.ref[LaneSource], table: weakref.ref[Rows], rows: Tensor) -> Callable[[Tensor], None]:
+    """Weak: autograd keeps hooks where no collector sees them, and the source keeps what is up, hooks and all."""
+
+    def tell(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        self.told(table, rows, gradient)
+        told_by, shown = source(), table()
+        if told_by is not None and shown is not None and gradient is not None:
+            told_by.told(shown, rows, gradient)
+
+    return tell
 
 
 def _bring_to_stay(lanes: Lanes, table: Rows) -> Tensor:

@@ -94,6 +94,7 @@ def test_inside_a_lightning_module() -> None:
 
 
 def test_inside_peft() -> None:
+    pytest.importorskip("peft", reason="adapters inside PEFT's need peft")
     from peft import LoraConfig, get_peft_model
 
     for name, wrapped in (("opt", ["fc1", "q_proj"]), ("llama", ["gate_proj", "up_proj"])):

@@ -418,6 +418,7 @@ def test_another_size_than_the_blocks_is_refused() -> None:
 
 
 def test_inside_a_lightning_module_and_peft() -> None:
+    pytest.importorskip("peft", reason="adapters inside PEFT's need peft")
     from peft import LoraConfig, get_peft_model
 
     module = CausalLM(path=str(TINY_PATH), gradient_checkpointing=True)
