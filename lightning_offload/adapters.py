@@ -245,12 +245,10 @@ def _settings(config: Mapping[str, Any], file: Path) -> AdapterSettings:
     for name, good in _VALUES.items():
         if not good(config[name]):
             raise CheckpointError(f"{str(file)!r} has {name}={config[name]!r}: it is damaged, or of another version")
-    settings = AdapterSettings(**{name: config[name] for name in names})
-    if settings.width % settings.experts:
-        raise CheckpointError(
-            f"{str(file)!r} has experts={settings.experts}, which does not divide width={settings.width}"
-        )
-    return settings
+    try:
+        return AdapterSettings(**{name: config[name] for name in names})
+    except ValueError as error:
+        raise CheckpointError(f"{str(file)!r} is damaged: {error}") from error
 
 
 def _is_count(value: object) -> bool:
@@ -284,7 +282,7 @@ def _check_base(network: nn.Module, files: _Files) -> None:
     name = getattr(getattr(network, "config", None), "_name_or_path", None)
     raise CheckpointError(
         f"The adapter in {files.folder} was trained beside another model: {config.get('base_class')} "
-        f"{config['base_model_name_or_path']!r} in {config['base_dtype']}, of hash {config['base_hash']}; this "
+        f"{config.get('base_model_name_or_path')!r} in {config['base_dtype']}, of hash {config['base_hash']}; this "
         f"{type(network).__name__} {name!r} has {found}. Load that one; or, if you know that these weights are to "
         "be used with it (rounded in another way, a vocabulary that grew), pass check_base=False"
     )
@@ -298,7 +296,7 @@ def _ffns(network: nn.Module, files: _Files) -> list[FFN]:
         raise CheckpointError(
             f"The adapter in {files.folder} belongs beside `{missing[0]}`, which this {type(network).__name__} does "
             f"not have; it was trained with {files.config.get('base_class')} "
-            f"{files.config['base_model_name_or_path']!r}"
+            f"{files.config.get('base_model_name_or_path')!r}"
         )
     return find_ffns(network, targets=_pattern(names[path] for path in files.config["target_modules"]), layers="named")
 

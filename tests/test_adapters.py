@@ -257,7 +257,7 @@ def more(folder: Path) -> None:
         (lambda f: edit(f, top_k=0), r"has top_k=0: it is damaged"),
         (lambda f: edit(f, width="24"), r"has width='24': it is damaged"),
         (lambda f: edit(f, base_dtype="float31"), r"has base_dtype='float31': it is damaged"),
-        (lambda f: edit(f, experts=5), r"experts=5, which does not divide width=24"),
+        (lambda f: edit(f, experts=5), r"is damaged: `width` must be a multiple of experts=5, got 24"),
         (lambda f: edit(f, width=48), r"keys` is \(24, 32\) in the checkpoint and \(48, 32\) in the model"),
         (lambda f: edit(f, experts=4), r"router` is \(6, 32\) in the checkpoint and \(4, 32\) in the model"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), r"safetensors' is damaged, copy it"),

@@ -228,8 +228,9 @@ class MEFT:
         adapters = adapters_of(module)
         if not adapters:
             raise ValueError(
-                f"method `meft` found no adapters in {type(module).__name__}: call `attach_parameters(module)` before "
-                "the optimizer is made (the strategy does so before `configure_optimizers`)"
+                f"method `meft` found no adapters in {type(module).__name__}: call "
+                "`lightning_offload.methods.meft.attach(module, settings)` before the optimizer is made (the strategy "
+                "does so before `configure_optimizers`)"
             )
         own = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
         for name, parameter in module.named_parameters():

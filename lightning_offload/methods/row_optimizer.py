@@ -427,7 +427,8 @@ def _catch_up(tables: Sequence[Rows]) -> None:
 
 def _check_rule(rule: Rule, steps: RowSteps) -> None:
     if steps in ("deferred", "lazy") and not (rule.decoupled if steps == "deferred" else len(rule.states) == 2):
+        what = "AdamW" if steps == "deferred" else "Adam's moments (SparseAdam)"
         raise ValueError(
-            f"`row_optimizer={steps!r}` steps rows by AdamW, not by `{rule.name}`: return `torch.optim.AdamW` from "
+            f"`row_optimizer={steps!r}` steps rows by {what}, not by `{rule.name}`: return `torch.optim.AdamW` from "
             "`configure_optimizers`, or pass row_optimizer='dense'"
         )

@@ -52,6 +52,16 @@ class AdapterSettings:
     key_std: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not go together."""
+        for name, holds, expected in (
+            ("width", self.width % self.experts == 0, f"a multiple of experts={self.experts}"),
+            ("active_experts", 1 <= self.active_experts <= self.experts, f"1 to experts={self.experts}"),
+            ("top_k", 1 <= self.top_k <= self.width, f"1 to width={self.width}"),
+        ):
+            if not holds:
+                raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)}")
+
 
 def default_key_std(hidden_size: int) -> float:
     """The paper's 0.02 at its d = 4096, and at any d the same spread of ``x . key`` for inputs of one scale."""
@@ -124,7 +134,6 @@ class SparseAdapter(nn.Module):
         self._kept_by_checkpoint: list[_Selection] = []
         self._recomputed = False
         width, experts = settings.width, settings.experts
-        assert width % experts == 0, (width, experts)
         seed = int.from_bytes(sha256(f"{settings.seed} {path}".encode()).digest()[:8], "little")
         random = torch.Generator().manual_seed(seed)
         std = default_key_std(hidden_size) if settings.key_std is None else settings.key_std

@@ -149,11 +149,6 @@ def adapter(
     return y
 
 
-def touched(*gradients: Tensor) -> Tensor:
-    """(U,) bool: the rows that are not zero in all of these (U, d) gradients; the others need not go anywhere."""
-    return torch.stack([g.any(1) for g in gradients]).any(0)
-
-
 class _Adapter(torch.autograd.Function):
     """Without ``places`` every token uses all rows, without ``experts`` there is no gate."""
 

@@ -122,6 +122,10 @@ def test_twenty_steps_of_two_micro_batches(gate: str, scope: str, placement: str
         torch.testing.assert_close(weight, oracle.weights[name], rtol=1e-4, atol=2e-6, msg=name)
     moved = [float((ours.weights[n] - p.detach()).abs().max()) for n, p in net.named_parameters() if ".meft." in n]
     assert min(moved) > 1e-3 if gate == "logit" else max(moved) > 1e-3
+    if gate == "none":
+        routers = {n: p for n, p in net.named_parameters() if n.endswith(".router")}
+        assert routers
+        assert all(torch.equal(ours.weights[n], p) for n, p in routers.items()), "nothing trains them"
 
 
 class DenseParallel(nn.Module):

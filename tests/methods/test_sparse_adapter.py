@@ -451,3 +451,18 @@ def test_an_error_in_a_forward_leaves_nothing_behind() -> None:
     with recorded(adapters) as seen, torch.no_grad():
         model(input_ids=padded("llama")["input_ids"])
     assert {len(picks.places) for _, picks in seen} == {24}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"width": 10, "experts": 3}, "`width` must be a multiple of experts=3, got 10"),
+        ({"active_experts": 99}, "`active_experts` must be 1 to experts=.*got 99"),
+        ({"top_k": 0}, "`top_k` must be 1 to width=.*got 0"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_named(sizes: dict[str, int], message: str) -> None:
+    model, _ = BUILD["llama"]()
+    with pytest.raises(ValueError, match=message):
+        attach_parameters(model, **{**SETTINGS, **sizes})
+    assert not any(isinstance(module, SparseAdapter) for module in model.modules())
