@@ -180,8 +180,8 @@ def recall(settings: RecallSettings) -> Iterator[Table]:
 
 
 _ABOUT = (
-    "plain torch on one thread, fp32, no weight decay; rates chosen with seed 0 on the other half of the facts",
-    "bytes are of what is trained: weights and moments; meft has its rows on the host, and on the device while in use",
+    "plain torch on one thread, fp32, no weight decay; rates chosen with seed 0 on the other half, from few",
+    "bytes are of what is trained, between steps: weights and moments; in a step meft has its rows in use there too",
 )
 
 
