@@ -15,15 +15,17 @@ from typing_extensions import override
 from lightning_offload.attaching import machine_for
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.memory.blocks import partition
+from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.meft import MEFT, MEFTSettings, adapters_of, attach, join
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.row_forwards import RowForwards
 from lightning_offload.methods.sparse_adapter import ADAPTER, backbone_names
+from lightning_offload.resting import WeightsAtRest
 from lightning_offload.resuming import restore_rows
 from lightning_offload.windows import copies_module, writes_while_evaluating
 
 
-class MEFTBehaviour(GradientBehaviour):
+class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
     """See the module docstring.
 
     Attributes:
@@ -33,8 +35,6 @@ class MEFTBehaviour(GradientBehaviour):
     settings_type: ClassVar[type[MEFTSettings]] = MEFTSettings
     settings: MEFTSettings
     adapter_only = False
-    _forwards: RowForwards | None = None
-    _written_outside = False
 
     @override
     def _method(self) -> Method:
@@ -58,11 +58,6 @@ class MEFTBehaviour(GradientBehaviour):
             put_adapters_on(self.strategy_name, module, self.settings)
 
     @override
-    def setup(self, trainer: Trainer) -> None:
-        self._close_forwards()
-        super().setup(trainer)
-
-    @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
@@ -82,56 +77,6 @@ class MEFTBehaviour(GradientBehaviour):
         method.resolve(module, units, machine, dtypes, accumulates=False)
         self._forwards = RowForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)
         self._written_outside = writes_while_evaluating(trainer, module)
-
-    @override
-    def _convert(self) -> None:
-        """Weights are kept as the engine keeps them."""
-        if self.engine is not None or self._forwards is not None:
-            self._convert_buffers()
-        else:
-            super()._convert()
-
-    @override
-    def model_to_device(self) -> None:
-        """Rows stay in host memory."""
-        if self.engine is not None or self._forwards is not None:
-            self._buffers_to_device()
-        else:
-            super().model_to_device()
-
-    # Evaluating: hooks before a batch may have written weights of which the device has copies.
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_again()
-        return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_again()
-        return super().test_step(*args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_again()
-        return super().predict_step(*args, **kwargs)
-
-    def _look_again(self) -> None:
-        if self._forwards is not None:
-            if self._written_outside:
-                self._forwards.adopt()
-        elif self.engine is not None and self._window.may_write and not self.engine.closed:
-            self.engine.adopt()
-
-    @override
-    def teardown(self) -> None:
-        self._close_forwards()
-        super().teardown()
-
-    def _close_forwards(self) -> None:
-        if self._forwards is not None:
-            self._forwards.detach()
-        self._forwards = None
 
     # State.
 
@@ -159,10 +104,6 @@ class MEFTBehaviour(GradientBehaviour):
         if self.engine is not None:
             restore_rows(self.engine, checkpoint["state_dict"])
         super().load_optimizer_state_dict(checkpoint)
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_forwards": None}
 
 
 def has_adapters(checkpoint: Mapping[str, Any]) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import GIB
 from lightning_offload.methods.forwards import StreamedForwards
 from lightning_offload.methods.steplog import Entry, LogFile, check_log_file
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
+from lightning_offload.resting import WeightsAtRest
 from lightning_offload.windows import writes_while_evaluating
 from lightning_offload.zeroth_attaching import (
     attach_zeroth,
@@ -31,7 +31,7 @@ from lightning_offload.zeroth_attaching import (
 HASHED_SILENTLY_BYTES = 8 * GIB
 
 
-class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
+class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
     """See the module docstring.
 
     Attributes:
@@ -41,10 +41,8 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
     settings_type: ClassVar[type[ZO2Settings]] = ZO2Settings
     settings: ZO2Settings
     log_file: Path | None = None
-    _forwards: StreamedForwards | None = None
     _log: LogFile | None = None
     _resumed = False
-    _written_outside = False
 
     @override
     def _method(self) -> ZO2:
@@ -56,11 +54,6 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
         return [] if self.engine is None else self.engine.log
 
     # Setting up.
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        self._close_forwards()
-        super().setup(trainer)
 
     @override
     def _prepare_forwards(self, trainer: Trainer) -> None:
@@ -94,16 +87,6 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
                 f"{self.strategy_name}: {hooks} may write weights, of which `log_file` will know nothing: then it does "
                 "not give the weights of this run."
             )
-
-    @override
-    def _convert(self) -> None:
-        """Weights are kept as the engine keeps them."""
-        self._convert_buffers()
-
-    @override
-    def model_to_device(self) -> None:
-        """A weight at rest is where its berth is."""
-        self._buffers_to_device()
 
     # Stepping.
 
@@ -179,35 +162,6 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
             self._adopt_due = True
         return result
 
-    # Evaluating: hooks before a batch may have written weights of which slots have copies.
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_again()
-        return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_again()
-        return super().test_step(*args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_again()
-        return super().predict_step(*args, **kwargs)
-
-    def _look_again(self) -> None:
-        if self._forwards is not None:
-            if self._written_outside:
-                self._forwards.streaming.forget()
-        elif self.engine is not None and self._window.may_write:
-            self.engine.adopt()
-
-    @override
-    def teardown(self) -> None:
-        self._close_forwards()
-        super().teardown()
-
     @override
     def _detach(self) -> None:
         super()._detach()
@@ -217,11 +171,6 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
         if self._log is not None:
             self._log.close()
         self._log = None
-
-    def _close_forwards(self) -> None:
-        if self._forwards is not None:
-            self._forwards.detach()
-        self._forwards = None
 
     # State.
 
@@ -241,4 +190,4 @@ class ZerothBehaviour(OffloadBehaviour[ZerothEngine]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_forwards": None, "_log": None}
+        return super().__getstate__() | {"_log": None}

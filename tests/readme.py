@@ -95,6 +95,7 @@ TREE = {
     "lightning_offload/calibration.py": "batches apart, to whose gradients projectors are fitted",
     "lightning_offload/resuming.py": "checkpoints of an engine, of a plain Trainer, of another method",
     "lightning_offload/behaviour.py": "what every offload strategy does with Lightning's hooks",
+    "lightning_offload/resting.py": "strategies whose weights stay in host memory at rest",
     "lightning_offload/gradient_behaviour.py": "what those of the methods with gradients do beside",
     "lightning_offload/meft_behaviour.py": "what `meft` does beside",
     "lightning_offload/zeroth_attaching.py": "zo2's engine on a LightningModule, and its micro-batches",

@@ -52,11 +52,12 @@ RULES = {
         "torch lightning typing_extensions",
     ),
     "zeroth_attaching": May("errors memory methods windows resuming parts attaching", "torch lightning"),
-    "zeroth_behaviour": May("memory methods windows behaviour zeroth_attaching", "torch lightning typing_extensions"),
+    "zeroth_behaviour": May("memory methods windows resting zeroth_attaching", "torch lightning typing_extensions"),
     "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
+    "resting": May("behaviour", "lightning typing_extensions"),
     "meft_behaviour": May(
-        "memory methods windows resuming attaching gradient_behaviour", "torch lightning typing_extensions"
+        "memory methods windows resuming attaching resting gradient_behaviour", "torch lightning typing_extensions"
     ),
     "strategies": May(
         "behaviour gradient_behaviour meft_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"

@@ -42,7 +42,11 @@ class StreamedForwards:
         )
         self._lockstep = Lockstep(module, units, self.streaming)
         self._undo: list[Callable[[], Any]] = self._lockstep.install()
-        self._undo.append(module.register_load_state_dict_post_hook(lambda *_: self.streaming.forget()).remove)
+        self._undo.append(module.register_load_state_dict_post_hook(lambda *_: self.adopt()).remove)
+
+    def adopt(self) -> None:
+        """Somebody else has written weights: they are the truth."""
+        self.streaming.forget()
 
     def detach(self) -> None:
         """Take everything off; weights stay where they are at rest."""
