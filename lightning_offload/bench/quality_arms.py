@@ -183,12 +183,12 @@ def _meft(network: Any, rate: float, **settings: Any) -> Fit:
 
 def _meft_arm(width: int) -> QualityArm:
     note = f"width {width}, its defaults, resident; with placement='host' only routers are on the device"
-    return QualityArm(make=_meft, settings={"width": width}, rate=3e-3, note=note)
+    return QualityArm(make=_meft, settings={"width": width}, rate=1.5e-3, note=note)
 
 
-def _lora_arm(rank: int, note: str) -> QualityArm:
+def _lora_arm(rank: int, note: str, *, rate: float = 1.2e-2) -> QualityArm:
     why_not = partial(not_installed, "peft", "peft")
-    return QualityArm(make=_lora, settings={"rank": rank}, rate=1.2e-2, why_not=why_not, note=f"rank {rank}: {note}")
+    return QualityArm(make=_lora, settings={"rank": rank}, rate=rate, why_not=why_not, note=f"rank {rank}: {note}")
 
 
 def _galore_arm(rank: int, note: str) -> QualityArm:
@@ -220,7 +220,7 @@ QUALITY_ARMS: Mapping[str, QualityArm] = {
     "galore_total": _galore_arm(49, BOTH),
     "meft_512": _meft_arm(512),
     "meft_1024": _meft_arm(1024),
-    "lora_meft_512": _lora_arm(56, "trained parameters as meft_512"),
-    "lora_meft_1024": _lora_arm(112, "trained parameters as meft_1024"),
+    "lora_meft_512": _lora_arm(56, "trained parameters as meft_512", rate=6e-3),
+    "lora_meft_1024": _lora_arm(112, "trained parameters as meft_1024", rate=3e-3),
 }
 """By name; weight decay is 0 in all of them."""

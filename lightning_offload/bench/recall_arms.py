@@ -138,7 +138,9 @@ RECALL_ARMS: Mapping[str, RecallArm] = {
     "meft paper 1024": _meft_arm(1024, 128, f"variant='paper', {QUARTER}", rate=1e-2, variant="paper"),
     "dense 1024": _dense_arm(1024, 1e-2, "the parallel adapter, keys N(0, 0.1), all of it on the device"),
     "lora 7": _lora_arm(7, 6e-3, "all linears, the device bytes of meft 1024, or just above", alpha=14),
+    "lora 41": _lora_arm(41, 3e-3, "all linears, the device bytes of meft 1024 while a step runs", alpha=82),
     "lora 112": _lora_arm(112, 3e-3, "all linears, trained parameters as meft 1024", alpha=224),
+    "lora qv 32": _lora_arm(32, 1.2e-2, "q and v, the device bytes of meft 1024", alpha=16, targets=_QV),
     "lora qv 544": _lora_arm(544, 1.2e-2, "q and v, trained parameters as meft 1024", alpha=16, targets=_QV),
     "adamw": RecallArm(make=_all, rate=3e-3, note="all weights"),
 }
