@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -255,10 +256,18 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 _VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("width", "experts", "active_experts", "top_k"), _is_count),
     "gate": lambda value: value in ("logit", "none"),
     "scope": lambda value: value in ("token", "union"),
+    "router_init": lambda value: value in ("keys", "normal"),
+    "key_std": lambda value: value is None or (_is_number(value) and value > 0),
+    "seed": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "target_modules": lambda value: isinstance(value, list) and all(isinstance(path, str) for path in value),
     "base_dtype": lambda value: isinstance(getattr(torch, str(value), None), torch.dtype),
 }
 

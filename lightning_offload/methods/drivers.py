@@ -96,10 +96,10 @@ class WatchedSource:
         self._source, self._watch, self._told = source, watch, source.told
         source.told = self._tell
 
-    def start(self, x: Tensor, padding: Tensor | None) -> None:
+    def start(self, x: Tensor) -> None:
         """See ``RowSource.start``."""
-        with self._watch(self._source.start, (x, padding)):
-            self._source.start(x, padding)
+        with self._watch(self._source.start, (x,)):
+            self._source.start(x)
 
     def rows(self) -> Fetched:
         """See ``RowSource.rows``."""

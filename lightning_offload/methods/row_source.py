@@ -224,7 +224,7 @@ class LaneSource:
         self._selects_on_host = settings.top_k < candidates and rows.keys_up is None
         self._call: _Call | None = None
 
-    def start(self, x: Tensor, padding: Tensor | None) -> None:
+    def start(self, x: Tensor) -> None:
         """See ``RowSource.start``."""
         with lane_context(self._desk.lanes.device):
             if not self._desk.training:

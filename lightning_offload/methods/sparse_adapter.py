@@ -86,12 +86,11 @@ class Fetched:
 class RowSource(Protocol):
     """Where rows come from: the adapter's own parameters, or an engine that has them elsewhere."""
 
-    def start(self, x: Tensor, padding: Tensor | None) -> None:
+    def start(self, x: Tensor) -> None:
         """Begins to select and fetch, before the FFN runs.
 
         Args:
             x: (T, d), of the tokens that are not padding; detached.
-            padding: (B L,) bool, which tokens of the call are; None for none.
         """
 
     def rows(self) -> Fetched:
@@ -150,7 +149,7 @@ class SparseAdapter(nn.Module):
         """Passes x on: an ``nn.Sequential`` runs whatever is put into it."""
         return x
 
-    def start(self, x: Tensor, padding: Tensor | None) -> None:
+    def start(self, x: Tensor) -> None:
         """Selects among the adapter's own rows."""
         self._picks = self.pick(x, self.keys.to(x.dtype))
 
@@ -195,8 +194,7 @@ class SparseAdapter(nn.Module):
         known = self._known(mark) if torch._C._current_graph_task_id() != -1 else None
         padding = self.forwards.padding(x) if known is None else known.padding
         if known is None:
-            real, padded = (tokens, None) if padding is None else (tokens[padding.kept], padding.padded)
-            (self.source or self).start(real, padded)
+            (self.source or self).start(tokens if padding is None else tokens[padding.kept])
         self._call = _Call(x, mark, padding, known)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

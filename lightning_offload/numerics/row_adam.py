@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,18 +73,8 @@ class History:
         scale = torch.where(shift > 0, damping / shift, 1.0)
         return (total - decay).exp(), shift * (total - left).exp(), scale
 
-    def state(self) -> dict[str, Any]:
-        """A copy, as plain tensors and numbers."""
-        return {"step": self.step, "sums": self.sums[:, : self.step + 1].clone()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken."""
-        self.step, self.sums = int(state["step"]), state["sums"]
-
-
-def catch_up_(
-    p: Tensor, m: Tensor, v: Tensor, rows: Tensor | None, *, last: Tensor, history: History, eps: float
-) -> None:
+def catch_up_(p: Tensor, m: Tensor, v: Tensor, rows: Tensor, *, last: Tensor, history: History, eps: float) -> None:
     """The steps that rows have missed, all with a zero gradient, in place and in one closed form.
 
     Over ``n`` steps since ``s``: ``p <- D_s p - F_s m / (sqrt(v) + eps C_s / F_s)``, ``m <- beta1^n m``,
@@ -96,13 +85,12 @@ def catch_up_(
         p: weights, (rows, width); rows may be strided.
         m: first moments, as ``p``.
         v: second moments, as ``p``.
-        rows: which, int64 and unique; None for all.
+        rows: which, int64 and unique.
         last: the step that each row saw last, (rows,) int64, zeros at the start; set to ``history.step``.
         history: of the parameter group.
         eps: of AdamW.
     """
     beta1, beta2 = history.betas
-    rows = torch.arange(len(p)) if rows is None else rows
     rows = rows[last[rows] < history.step]
     for part, (weights, first, second) in _gathered(rows, p, m, v):
         seen = last[rows[part]]

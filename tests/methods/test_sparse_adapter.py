@@ -54,8 +54,8 @@ def recorded(adapters: list[SparseAdapter]) -> Iterator[list[tuple[str, Picks]]]
         def __init__(self, adapter: SparseAdapter) -> None:
             self.adapter = adapter
 
-        def start(self, x: Tensor, padding: Tensor | None) -> None:
-            self.adapter.start(x, padding)
+        def start(self, x: Tensor) -> None:
+            self.adapter.start(x)
 
         def rows(self) -> Fetched:
             fetched = self.adapter.rows()
