@@ -71,8 +71,9 @@ def test_an_arm_trains_what_its_base_trains(arm: str) -> None:
     changed = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
     linear = {name for name in weights if name.endswith("proj.weight")}
     added = [name for name, _ in network.named_parameters() if "lora_" in name or ".meft." in name]
-    of_added = {"lora": 2 * len(linear), "meft": 3 * network.config.num_hidden_layers}
-    assert len(added) == of_added.get(arm.split("_")[0], 0)
+    layers = network.config.num_hidden_layers
+    of_added = {"lora": 2 * len(linear), "meft": 3 * layers, "dense": 3 * layers}
+    assert len(added) == (4 * layers if arm.startswith("lora_qv") else of_added.get(arm.split("_")[0], 0))
     assert changed == (set() if added else set(weights) if QUALITY_ARMS[arm].base == "adamw_all" else linear)
     assert fit.device_bytes > 0
 

@@ -154,11 +154,18 @@ def _adamw_all(network: Any, rate: float) -> Fit:
     return Plain(AdamW(network.parameters(), lr=rate, weight_decay=0.0, fused=True))
 
 
-def _lora(network: Any, rate: float, *, rank: int) -> Fit:
+def add_lora(network: Any, rank: int, alpha: int, targets: str | list[str]) -> list[nn.Parameter]:
+    """Freeze the network and add LoRA to it; what there is to train."""
     from peft import LoraConfig
 
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
-    added = [p for p in network.parameters() if p.requires_grad]
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def _lora(
+    network: Any, rate: float, *, rank: int, alpha: int | None = None, targets: str | list[str] = "all-linear"
+) -> Fit:
+    added = add_lora(network, rank, rank if alpha is None else alpha, targets)
     return Plain(AdamW(added, lr=rate, weight_decay=0.0, fused=True), added)
 
 
@@ -175,9 +182,22 @@ def _lsp(network: Any, rate: float, **settings: Any) -> Fit:
     return Offloaded(Engine(network, optimizer, method, InlineLanes(HostMemory(pin=False)), DTypes()))
 
 
+def add_meft(network: nn.Module, **settings: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Freeze the network and add adapters to it; their rows, and the routers where they are trained."""
+    asked = MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters()
+    adapters = attach_parameters(network, **asked)
+    rows = [p for adapter in adapters for p in (adapter.keys, adapter.values)]
+    return rows, [adapter.router for adapter in adapters] if asked["gate"] == "logit" else []
+
+
+def dense_adapter(width: int) -> dict[str, Any]:
+    """Settings at which the adapter is the parallel one: every token uses all rows."""
+    return {"width": width, "experts": 1, "active_experts": 1, "top_k": width, "gate": "none"}
+
+
 def _meft(network: Any, rate: float, **settings: Any) -> Fit:
-    attach_parameters(network, **MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters())
-    added = [p for p in network.parameters() if p.requires_grad]
+    rows, routers = add_meft(network, **settings)
+    added = [*rows, *routers]
     return Plain(AdamW(added, lr=rate, weight_decay=0.0, fused=True), added)
 
 
@@ -186,9 +206,15 @@ def _meft_arm(width: int) -> QualityArm:
     return QualityArm(make=_meft, settings={"width": width}, rate=1.5e-3, note=note)
 
 
-def _lora_arm(rank: int, note: str, *, rate: float = 1.2e-2) -> QualityArm:
-    why_not = partial(not_installed, "peft", "peft")
-    return QualityArm(make=_lora, settings={"rank": rank}, rate=rate, why_not=why_not, note=f"rank {rank}: {note}")
+def _dense_arm(width: int) -> QualityArm:
+    return QualityArm(
+        make=_meft, settings=dense_adapter(width), rate=3e-3, note=f"the parallel adapter of width {width}"
+    )
+
+
+def _lora_arm(rank: int, note: str, *, rate: float = 1.2e-2, **settings: Any) -> QualityArm:
+    why_not, settings = partial(not_installed, "peft", "peft"), {"rank": rank, **settings}
+    return QualityArm(make=_lora, settings=settings, rate=rate, why_not=why_not, note=f"rank {rank}: {note}")
 
 
 def _galore_arm(rank: int, note: str) -> QualityArm:
@@ -200,6 +226,9 @@ def _galore_arm(rank: int, note: str) -> QualityArm:
 def _lsp_arm(note: str, *, base: str = "adamw", **settings: Any) -> QualityArm:
     return QualityArm(make=_lsp, settings={"dim": 0.5, **settings}, rate=3e-3, base=base, note=note)
 
+
+PAPER_LORA: Mapping[str, Any] = {"alpha": 16, "targets": ["q_proj", "v_proj"]}
+"""As MEFT's authors ran it."""
 
 DEVICE, BOTH = (
     "the device bytes of lsp_pca, or just above",
@@ -222,5 +251,10 @@ QUALITY_ARMS: Mapping[str, QualityArm] = {
     "meft_1024": _meft_arm(1024),
     "lora_meft_512": _lora_arm(56, "trained parameters as meft_512", rate=6e-3),
     "lora_meft_1024": _lora_arm(112, "trained parameters as meft_1024", rate=3e-3),
+    "dense_512": _dense_arm(512),
+    "dense_1024": _dense_arm(1024),
+    "lora_meft_step": _lora_arm(41, "the device bytes of meft_1024 while a step runs", rate=6e-3),
+    "lora_qv_device": _lora_arm(32, "q and v, alpha 16, the device bytes of meft_1024", rate=2.4e-2, **PAPER_LORA),
+    "lora_qv_meft": _lora_arm(544, "q and v, alpha 16, parameters as meft_1024", rate=2.4e-2, **PAPER_LORA),
 }
 """By name; weight decay is 0 in all of them."""

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lightning_offload.bench.arms import not_installed
-from lightning_offload.methods.meft import MEFTSettings
-from lightning_offload.methods.sparse_adapter import attach_parameters
+from lightning_offload.bench.quality_arms import PAPER_LORA, add_lora, add_meft, dense_adapter
 
 
 @dataclass
@@ -81,29 +79,19 @@ def _all(network: Any, rate: float) -> Trained:
 
 
 def _lora(network: Any, rate: float, *, rank: int, alpha: int, targets: str | list[str]) -> Trained:
-    from peft import LoraConfig
-
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
-    added = [p for p in network.parameters() if p.requires_grad]
+    added = add_lora(network, rank, alpha, targets)
     return Trained(_adamw(added, rate), added)
 
 
 def _meft(network: Any, rate: float, *, on_host: bool = True, **settings: Any) -> Trained:
     """Plain torch on the adapters, which the engine equals bit for bit; bytes are those of ``placement="host"``."""
-    asked = MEFTSettings(seed=torch.initial_seed() % 2**63, **settings).of_adapters()
-    adapters = attach_parameters(network, **asked)
-    rows = [p for adapter in adapters for p in (adapter.keys, adapter.values)]
-    routers = [adapter.router for adapter in adapters]
-    trained = routers if asked["gate"] == "logit" else []
-    optimizer = _adamw(rows + trained, rate)
-    return Trained(optimizer, trained, rows) if on_host else Trained(optimizer, rows + trained)
+    rows, routers = add_meft(network, **settings)
+    optimizer = _adamw(rows + routers, rate)
+    return Trained(optimizer, routers, rows) if on_host else Trained(optimizer, rows + routers)
 
 
 def _adamw(parameters: list[nn.Parameter], rate: float) -> AdamW:
     return AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-
-
-_QV = ["q_proj", "v_proj"]
 
 
 def _meft_arm(width: int, experts: int, note: str, *, rate: float = 1.5e-3, **settings: Any) -> RecallArm:
@@ -113,8 +101,8 @@ def _meft_arm(width: int, experts: int, note: str, *, rate: float = 1.5e-3, **se
 
 
 def _dense_arm(width: int, rate: float, note: str) -> RecallArm:
-    settings = {"width": width, "experts": 1, "active_experts": 1, "top_k": width, "gate": "none", "key_std": 0.1}
-    return RecallArm(make=_meft, settings={**settings, "on_host": False}, rate=rate, note=note)
+    settings = {**dense_adapter(width), "key_std": 0.1, "on_host": False}
+    return RecallArm(make=_meft, settings=settings, rate=rate, note=note)
 
 
 def _lora_arm(rank: int, rate: float, note: str, *, alpha: int, targets: str | list[str] = "all-linear") -> RecallArm:
@@ -140,8 +128,8 @@ RECALL_ARMS: Mapping[str, RecallArm] = {
     "lora 7": _lora_arm(7, 6e-3, "all linears, the device bytes of meft 1024, or just above", alpha=14),
     "lora 41": _lora_arm(41, 3e-3, "all linears, the device bytes of meft 1024 while a step runs", alpha=82),
     "lora 112": _lora_arm(112, 3e-3, "all linears, trained parameters as meft 1024", alpha=224),
-    "lora qv 32": _lora_arm(32, 1.2e-2, "q and v, the device bytes of meft 1024", alpha=16, targets=_QV),
-    "lora qv 544": _lora_arm(544, 1.2e-2, "q and v, trained parameters as meft 1024", alpha=16, targets=_QV),
+    "lora qv 32": _lora_arm(32, 1.2e-2, "q and v, the device bytes of meft 1024", **PAPER_LORA),
+    "lora qv 544": _lora_arm(544, 1.2e-2, "q and v, trained parameters as meft 1024", **PAPER_LORA),
     "adamw": RecallArm(make=_all, rate=3e-3, note="all weights"),
 }
 """By name, and what they add: rows or rank."""
