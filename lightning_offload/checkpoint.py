@@ -17,6 +17,12 @@ from typing_extensions import override
 
 from lightning_offload.errors import CheckpointError
 
+ADAPTERS = "meft_adapters"
+"""Key in a checkpoint: the settings of the adapters in it."""
+
+_DECISIVE = ("width", "experts", "active_experts", "top_k", "gate", "scope")
+"""Settings of adapters that decide a forward; the others describe initial values."""
+
 
 class OffloadCheckpointIO(TorchCheckpointIO):
     """Streams a checkpoint tensor by tensor to a temporary file, syncs it, and renames it into place.
@@ -90,6 +96,29 @@ def compare_weights(own: Mapping[str, Any], stored: Mapping[str, Any], *, source
                 f"{source} belongs to another model; first differing tensor: `{name}` is {shapes[0]} in the checkpoint "
                 f"and {shapes[1]} in the model{_hint(name, own)}"
             )
+
+
+def compare_adapters(own: Mapping[str, Any], checkpoint: Mapping[str, Any], *, source: str) -> None:
+    """Compare what decides a forward of a model's and a checkpoint's adapters.
+
+    Of a checkpoint that does not keep settings only what shapes tell is known.
+
+    Raises:
+        CheckpointError: They differ; names all settings that do.
+    """
+    stored = checkpoint.get(ADAPTERS) or _seen(checkpoint["state_dict"])
+    other = [name for name in _DECISIVE if name in stored and stored[name] != own[name]]
+    if other:
+        here, there = (", ".join(f"{name}={of[name]!r}" for name in other) for of in (own, stored))
+        raise CheckpointError(
+            f"{here}, but {source} has adapters with {there}; pass the same, or start without `ckpt_path`"
+        )
+
+
+def _seen(state: Mapping[str, Any]) -> dict[str, int]:
+    parts = (("width", ".meft.keys"), ("experts", ".meft.router"))
+    rows = {name: [len(t) for key, t in state.items() if key.endswith(part)] for name, part in parts}
+    return {name: counts[0] for name, counts in rows.items() if counts}
 
 
 def _hint(name: str, own: Mapping[str, Any]) -> str:

@@ -8,15 +8,17 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_offload.checkpoint import compare_weights
+from lightning_offload.checkpoint import compare_adapters, compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.folders import written_whole
+from lightning_offload.methods.meft import adapters_of
 from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, backbone_names
 
 _GIB = 1024**3
@@ -74,8 +76,8 @@ def has_adapters(module: nn.Module) -> bool:
     return any(isinstance(part, SparseAdapter) for part in module.modules())
 
 
-def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the memory-mapped ``state_dict`` of a Lightning checkpoint, without running code stored in it.
+def read_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a Lightning checkpoint, memory-mapped, without running code stored in it.
 
     Raises:
         CheckpointError: The file is missing, damaged or no Lightning checkpoint.
@@ -92,22 +94,25 @@ def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is no Lightning checkpoint: it has no 'state_dict'")
-    return dict(content["state_dict"])
+    return content
 
 
 def check_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the checkpoint's weights, having checked that they are this module's by name and shape.
+    """Return the checkpoint's weights, having checked that they are this module's by name, shape and settings.
 
     Of a checkpoint of adapters alone (``MEFTOffloadStrategy(adapter_only=True)``) they are all but the backbone.
 
     Raises:
-        CheckpointError: As for `read_weights`, or the first tensor in which checkpoint and model differ.
+        CheckpointError: As for `read_checkpoint`, or the first tensor or settings in which checkpoint and model differ.
     """
-    stored, own = read_weights(checkpoint), module.state_dict()
+    content, own, source = read_checkpoint(checkpoint), module.state_dict(), repr(os.fspath(checkpoint))
+    stored: dict[str, Tensor] = dict(content["state_dict"])
+    for adapter in adapters_of(module)[:1]:
+        compare_adapters(asdict(adapter.settings), content, source=source)
     backbone = backbone_names(module)
     if backbone.isdisjoint(stored) and any(ADAPTER in name for name in stored):
         own = {name: value for name, value in own.items() if name not in backbone}
-    compare_weights(own, stored, source=repr(os.fspath(checkpoint)))
+    compare_weights(own, stored, source=source)
     return stored
 
 

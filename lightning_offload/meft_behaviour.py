@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_offload.attaching import machine_for
+from lightning_offload.checkpoint import ADAPTERS, compare_adapters
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.memory.blocks import partition
 from lightning_offload.methods.engine import Engine
@@ -87,12 +90,21 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
         return {name: value for name, value in state.items() if name not in left_out}
 
     @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        assert self.lightning_module is not None
+        keep_settings(checkpoint, self.lightning_module)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
         if has_adapters(checkpoint) or module.trainer.state.fn == TrainerFn.FITTING:
             self._settle_settings(module)
             put_adapters_on(self.strategy_name, module, self.settings)
+            check_settings(checkpoint, module)
             checkpoint = {**checkpoint, "state_dict": complete(checkpoint["state_dict"], module)}
         super().load_model_state_dict(checkpoint, strict=strict)
 
@@ -109,6 +121,21 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
 def has_adapters(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint holds adapters, of whatever model."""
     return any(ADAPTER in name for name in checkpoint["state_dict"])
+
+
+def keep_settings(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Have a checkpoint say what adapters are in it."""
+    if adapters := adapters_of(module):
+        checkpoint[ADAPTERS] = asdict(adapters[0].settings)
+
+
+def check_settings(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
+    """Look whether the module's adapters compute what those of a checkpoint do.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    compare_adapters(asdict(adapters_of(module)[0].settings), checkpoint, source="the checkpoint")
 
 
 def complete(state: Mapping[str, Any], module: LightningModule) -> dict[str, Any]:

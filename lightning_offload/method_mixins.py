@@ -11,7 +11,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_offload.attachment import Attachment, GradientAttachment
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.meft_behaviour import complete, has_adapters, put_adapters_on, warn_of_new_adapters
+from lightning_offload.meft_behaviour import (
+    check_settings,
+    complete,
+    has_adapters,
+    keep_settings,
+    put_adapters_on,
+    warn_of_new_adapters,
+)
 from lightning_offload.methods.lsp import LSP, LSPSettings
 from lightning_offload.methods.meft import MEFT, MEFTSettings
 from lightning_offload.methods.settings import CommonSettings
@@ -100,8 +107,8 @@ class MEFTMixin(MethodMixin):
 
     Adapters are attached before ``configure_optimizers``, by the strategy or, under a plain strategy of one device,
     by the module, which then brings its own engine with the same numbers. Checkpoints of one continue in the other, and
-    ``load_from_checkpoint`` finds adapters to load into. Those who override ``configure_callbacks`` or
-    ``on_load_checkpoint`` must call ``super()``, and add the callbacks that it returns.
+    ``load_from_checkpoint`` finds adapters to load into. Those who override ``configure_callbacks``,
+    ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``, and add the callbacks that it returns.
 
     Attributes:
         offload: Settings of the step and of ``MEFTSettings`` by name.
@@ -123,6 +130,11 @@ class MEFTMixin(MethodMixin):
             self._put_adapters_on()
         return made
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Has the checkpoint say what adapters are in it."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        keep_settings(checkpoint, self._module)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where no strategy does it, makes a place for adapters that come, and keeps those that do not."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
@@ -131,6 +143,7 @@ class MEFTMixin(MethodMixin):
             return
         if has_adapters(checkpoint):
             self._put_adapters_on()
+            check_settings(checkpoint, module)
         elif module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING:
             warn_of_new_adapters(type(self).__name__)
             checkpoint["state_dict"] = complete(checkpoint["state_dict"], module)

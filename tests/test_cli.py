@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -258,6 +259,8 @@ def test_a_run_by_meft_leaves_an_adapter(
     assert run("train", *given, *settings, "ckpt_path=last", "trainer.max_steps=6") == 0
     assert torch.load(runs.newest_checkpoint(Path("runs/mine")), weights_only=True)["global_step"] == 6
     assert "holds a run already" in refused("train", *given, *settings)
+    other = ("trainer.strategy.top_k=6", "ckpt_path=last")
+    assert re.search(r"top_k=6, but '.*' has adapters with top_k=5; pass", refused("train", *given, *settings, *other))
     assert "gate='logit' cannot be merged" in refused("export", "ckpt_path=runs/mine", "merge=true", "output=b")
 
 
@@ -282,7 +285,9 @@ def test_adapters_are_merged_where_that_is_exact(run, refused, given, inputs: Pa
     assert "has no adapters to merge" in refused("export", "ckpt_path=runs/plain", "merge=true")
 
 
-@pytest.mark.parametrize("method", ["none", "full", "lsp", "zo2"])
+@pytest.mark.parametrize(
+    "method", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "lsp")), "zo2"]
+)
 def test_label_words_are_trained_and_evaluated(method: str, run, given, refused, capsys) -> None:
     rows = [json.dumps({"sentence": f"def add_{n}", "label": n % 2}) + "\n" for n in range(12)]
     Path("sst2").mkdir()

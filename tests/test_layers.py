@@ -57,7 +57,8 @@ RULES = {
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
     "resting": May("behaviour", "lightning typing_extensions"),
     "meft_behaviour": May(
-        "memory methods windows resuming attaching resting gradient_behaviour", "torch lightning typing_extensions"
+        "memory methods windows checkpoint resuming attaching resting gradient_behaviour",
+        "torch lightning typing_extensions",
     ),
     "strategies": May(
         "behaviour gradient_behaviour meft_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lightning_offload import load_meft_adapter, save_meft_adapter
 from lightning_offload.adapters import WEIGHTS
 from lightning_offload.errors import CheckpointError, OffloadError
+from lightning_offload.export import load_weights
 from lightning_offload.methods.sparse_adapter import ADAPTER
 from tests.lit import assert_equal_modules, fit, offload
 from tests.meft import PLACEMENTS
@@ -89,6 +90,19 @@ def fit_nothing(module: Any) -> L.Trainer:
     from tests.lit import trainer
 
     return trainer(meft())
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 4}, {"width": 96, "experts": 24}])
+def test_weights_are_loaded_into_adapters_that_compute_the_same(alone: Path, changes: dict[str, Any]) -> None:
+    """As the command line does it."""
+    module = MLit()
+    attach(module, **changes)
+    said = ", ".join(f"{name}={value}" for name, value in changes.items())
+    with pytest.raises(CheckpointError, match=rf"^{said}, but '.*a.ckpt' has adapters with (top_k=6|width=48, exp)"):
+        load_weights(module, alone)
+    attach(other := MLit(), seed=9)
+    load_weights(other, alone)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in stored(alone).items())
 
 
 @pytest.mark.parametrize("part", ["keys", "router"])

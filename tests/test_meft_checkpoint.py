@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_offload import meft_behaviour
-from lightning_offload.checkpoint import OffloadCheckpointIO
+from lightning_offload.checkpoint import ADAPTERS, OffloadCheckpointIO
 from lightning_offload.errors import CheckpointError
 from lightning_offload.methods.engine import GRADIENTS
 from lightning_offload.resuming import EXTRAS
@@ -271,15 +272,54 @@ def test_a_checkpoint_without_adapters_gives_the_backbone(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 96}, r"net\.blocks\.0\.mlp\.meft\.keys.*48.*96"),
-        ({"experts": 24}, r"net\.blocks\.0\.mlp\.meft\.router.*12.*24"),
+        ({"width": 96}, r"^width=96, but the checkpoint has adapters with width=48; pass the same, or start without"),
+        ({"experts": 24}, r"^experts=24, but the checkpoint has adapters with experts=12"),
+        ({"width": 96, "experts": 24}, r"^width=96, experts=24, but .* with width=48, experts=12"),
+        ({"top_k": 4}, r"^top_k=4, but .* with top_k=6"),
+        ({"active_experts": 4}, r"^active_experts=4, but .* with active_experts=3"),
+        ({"gate": "none"}, r"^gate='none', but .* with gate='logit'"),
+        ({"scope": "union"}, r"^scope='union', but .* with scope='token'"),
+        ({"variant": "paper"}, r"^gate='none', scope='union', but .* with gate='logit', scope='token'"),
         ({"layers": [0]}, r"net\.blocks\.1\.mlp\.meft"),
     ],
 )
-def test_other_adapters_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    fit(Numbered(), meft(), steps=1).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        fit(Numbered(), meft(**changes), steps=2, ckpt_path=tmp_path / "a.ckpt")
+@pytest.mark.parametrize("target", ["fit", "test", "mixin", "without a Trainer"])
+def test_other_adapters_are_refused(tmp_path: Path, changes: dict[str, Any], message: str, target: str) -> None:
+    """In every place that a checkpoint is loaded."""
+    path = tmp_path / "a.ckpt"
+    if target in ("fit", "test"):
+        fit(Numbered(), meft(), steps=1).save_checkpoint(path, weights_only=target == "test")
+    else:
+        fit(NumberedOwn(), "auto", steps=1).save_checkpoint(path, weights_only=target != "mixin")
+    load: Callable[[], object] = {
+        "fit": lambda: fit(Numbered(), meft(**changes), steps=2, ckpt_path=path),
+        "test": lambda: trainer(meft(**changes)).test(Numbered(), loader(), ckpt_path=path),
+        "mixin": lambda: fit(NumberedOwn(changes), "auto", steps=2, ckpt_path=path),
+        "without a Trainer": lambda: NumberedOwn.load_from_checkpoint(path, offload=changes),
+    }[target]
+    with pytest.raises(RuntimeError, match=message):  # torch says itself what is missing
+        load()
+
+
+@pytest.mark.parametrize("target", ["meft_offload", "auto"])
+def test_what_decides_no_forward_may_be_another_on_resume(tmp_path: Path, target: str) -> None:
+    fit(NumberedOwn(), target, steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    others = {"seed": 6, "key_std": 0.5, "router_init": "keys", "row_optimizer": "deferred", "placement": "host"}
+    whole, resumed = NumberedOwn(), NumberedOwn(others)
+    fit(whole, target, steps=3)
+    fit(resumed, target, steps=3, ckpt_path=tmp_path / "a.ckpt")
+    assert whole.losses[1:] == pytest.approx(resumed.losses, rel=1e-5)
+
+
+def test_of_an_older_checkpoint_shapes_are_compared(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(Numbered(), meft(), steps=1).save_checkpoint(path)
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    del content[ADAPTERS]
+    torch.save(content, path)
+    fit(Numbered(), meft(top_k=4), steps=2, ckpt_path=path)
+    with pytest.raises(CheckpointError, match=r"^width=96, experts=24, but .* with width=48, experts=12"):
+        fit(Numbered(), meft(width=96, experts=24), steps=2, ckpt_path=path)
 
 
 # Whole files
