@@ -119,6 +119,7 @@ def load_meft_adapter(model: Module, folder: str | os.PathLike[str], *, check_ba
         )
     }
     compare_weights(expected, files.tensors, source=f"The adapter in {files.folder}")
+    _check_values(files)
     attach_parameters(network, targets=_pattern(ffn.path for ffn in ffns), layers="named", **asdict(files.settings))
     for name, parameter in _named(adapters_by_path(network)):
         stored = files.tensors[name].to(parameter.device)
@@ -212,6 +213,7 @@ def _describe(network: Any, adapters: Mapping[str, SparseAdapter], tensors: Mapp
         **asdict(next(iter(adapters.values())).settings),
         "activation": "relu",
         "dtype": _word(next(iter(tensors.values())).dtype),
+        "weights_hash": _hash(tensors),
         "lightning_offload_version": __version__,
     }
 
@@ -260,6 +262,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 _VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("width", "experts", "active_experts", "top_k"), _is_count),
     "gate": lambda value: value in ("logit", "none"),
@@ -267,7 +273,7 @@ _VALUES: dict[str, Callable[[Any], bool]] = {
     "router_init": lambda value: value in ("keys", "normal"),
     "key_std": lambda value: value is None or (_is_number(value) and value > 0),
     "seed": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "target_modules": lambda value: isinstance(value, list) and all(isinstance(path, str) for path in value),
+    "target_modules": lambda value: isinstance(value, list) and value != [] and all(map(_is_path, value)),
     "base_dtype": lambda value: isinstance(getattr(torch, str(value), None), torch.dtype),
 }
 
@@ -281,6 +287,23 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged, copy it again: {error}") from error
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        total.update(name.encode() + digest(tensors[name].reshape(-1).view(torch.uint8)))
+    return total.hexdigest()
+
+
+def _check_values(files: _Files) -> None:
+    """Folders of earlier versions have no hash."""
+    expected = files.config.get("weights_hash")
+    if expected is not None and _hash(files.tensors) != expected:
+        raise CheckpointError(
+            f"The adapter in {files.folder} is damaged, copy it again: the values in {WEIGHTS} are not those that were "
+            f"saved (if they were changed on purpose, take weights_hash out of {CONFIG})"
+        )
 
 
 def _check_base(network: nn.Module, files: _Files) -> None:

@@ -244,6 +244,13 @@ def more(folder: Path) -> None:
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2)}, folder / WEIGHTS)
 
 
+def overwritten(folder: Path) -> None:
+    """Of right length, with values that are none."""
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-10_000:] = b"\xff" * 10_000
+    (folder / WEIGHTS).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -260,11 +267,14 @@ def more(folder: Path) -> None:
         (lambda f: edit(f, router_init="zero"), r"has router_init='zero': it is damaged"),
         (lambda f: edit(f, seed=0.5), r"has seed=0.5: it is damaged"),
         (lambda f: edit(f, target_modules="model"), r"has target_modules='model': it is damaged"),
+        (lambda f: edit(f, target_modules=[]), r"has target_modules=\[\]: it is damaged"),
+        (lambda f: edit(f, target_modules=[""]), r"has target_modules=\[''\]: it is damaged"),
         (lambda f: edit(f, base_dtype="float31"), r"has base_dtype='float31': it is damaged"),
         (lambda f: edit(f, experts=5), r"is damaged: `width` must be a multiple of experts=5, got 24"),
         (lambda f: edit(f, width=48), r"keys` is \(24, 32\) in the checkpoint and \(48, 32\) in the model"),
         (lambda f: edit(f, experts=4), r"router` is \(6, 32\) in the checkpoint and \(4, 32\) in the model"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), r"safetensors' is damaged, copy it"),
+        (overwritten, r"The adapter in '.*adapter' is damaged, copy it again: the values in adapter_model.safetensors"),
         (lambda f: without(f, "values"), r"layers.1.mlp.meft.values` is absent in the checkpoint"),
         (more, r"`base_model.model.lm_head.weight` is \(2,\) in the checkpoint and absent in the model"),
     ],
@@ -275,6 +285,14 @@ def test_a_folder_that_is_none_or_damaged(damage: Callable[[Path], object], mess
     with pytest.raises(CheckpointError, match=message):
         load_meft_adapter(model, folder)
     assert not has_adapters(model)
+
+
+def test_a_folder_without_a_hash_loads_whatever_its_values(folder: Path) -> None:
+    edit(folder, weights_hash=...)
+    tensors = {name: value + 1 for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    state = load_meft_adapter(stock(), folder).state_dict()
+    assert all(torch.equal(state[name.removeprefix("base_model.model.")], value) for name, value in tensors.items())
 
 
 def test_no_folder_and_nothing_to_save(tmp_path: Path) -> None:
@@ -309,6 +327,9 @@ def test_logits_that_differ_or_are_not_finite_leave_the_old_folder(
         save_file({name: t + 1 for name, t in tensors.items()}, file, **options)
 
     monkeypatch.setattr("safetensors.torch.save_file", damage)
+    with pytest.raises(CheckpointError, match="is damaged, copy it again"):
+        save_meft_adapter(adapted(), folder)
+    monkeypatch.setattr("lightning_offload.adapters._hash", lambda tensors: "")
     with pytest.raises(OffloadError, match=r"exported adapter differs after reloading: logit -?[\d.]+ became"):
         save_meft_adapter(adapted(), folder)
     assert (folder / WEIGHTS).read_bytes() == before
