@@ -54,11 +54,11 @@ def merge_meft_adapter(module: Module, *, dense: bool = False) -> Module:
         raise ValueError(f"this {kind} has no adapters to merge")
     if not is_stock(network):
         raise TypeError(f"merging needs a transformers model, whose config says how wide networks are; got a {kind}")
-    _check_settings(next(iter(adapters.values())).settings, dense=dense)
     if any(adapter.source is not None for adapter in adapters.values()):
         raise OffloadError("the rows of these adapters are in the hands of a Trainer; merge them after it has fitted")
     merged = [_Merged(ffn, *_linears(ffn), ffn.holder.get_submodule("meft")) for ffn in adapted_ffns(network)]  # type: ignore[arg-type]
-    _check_networks(network, merged)
+    _check_networks(network, merged)  # before settings: those can be changed
+    _check_settings(merged[0].adapter.settings, dense=dense)
     widths = _new_widths(network, merged)
     detach(module)
     for one in merged:

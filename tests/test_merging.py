@@ -105,6 +105,8 @@ def hides(model: Any) -> None:
             r"gate='logit' cannot be merged: the router's logit.*variant='paper' or gate='none'",
         ),
         ("llama", {}, r"`model.layers.0.mlp` is no ReLU network of two.*gate_proj \(Linear\), up_proj.*`save_meft_ad"),
+        ("llama", {"top_k": 5}, r"`model.layers.0.mlp` is no ReLU network"),
+        ("phi", {"gate": "logit"}, r"`model.layers.0.mlp` is no ReLU network"),
         ("phi", {}, r"`model.layers.0.mlp` is no ReLU network.*activation_fn \(NewGELUActivation\)"),
         ("gpt2", {}, r"`transformer.h.0.mlp` is no ReLU network.*c_fc \(Conv1D\)"),
         (
