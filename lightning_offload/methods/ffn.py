@@ -123,14 +123,17 @@ def _named(blocks: list[Named], wanted: list[Named] | None) -> list[int]:
 def _chosen(layers: Layers, count: int) -> list[int]:
     if layers == "all":
         return list(range(count))
-    if isinstance(layers, str) or not layers:
+    indices = [*layers] if isinstance(layers, Sequence) and not isinstance(layers, str) else []
+    if not indices:
         raise ValueError(f"layers={layers!r}: pass 'all' or a list of indices, such as layers=[0, -1]")
-    if wrong := [index for index in layers if not -count <= index < count]:
-        raise ValueError(f"layers={list(layers)}: {wrong} are not among the {count} blocks, -{count} to {count - 1}")
-    return sorted({index % count for index in layers})
+    if wrong := [index for index in indices if not -count <= index < count]:
+        raise ValueError(f"layers={indices}: {wrong} are not among the {count} blocks, -{count} to {count - 1}")
+    return sorted({index % count for index in indices})
 
 
 def _matching(model: nn.Module, targets: str | Sequence[str]) -> list[Named]:
+    if not isinstance(targets, (str, Sequence)):
+        raise ValueError(f"targets={targets!r}: pass the end of a path, several of them, or a regular expression")
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     try:
         whole = re.compile(targets).fullmatch if isinstance(targets, str) else lambda path: None

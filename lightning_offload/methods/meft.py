@@ -23,8 +23,9 @@ K                         ``top_k``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -104,12 +105,18 @@ class MEFTSettings(GradientSettings):
         std = self.key_std
         is_number = isinstance(std, int | float) and not isinstance(std, bool) and 0 < std < math.inf
         require(std == "auto" or is_number, "key_std", std, "a number > 0 or 'auto'")
-        self._check_layers()
+        self._check_places()
         if self.width % self.expert_count:
             near = sorted(_divisors(self.width), key=lambda n: abs(n - self.expert_count))[:2]
             raise ValueError(
                 f"`experts={self.experts}` does not divide `width={self.width}`; the nearest that do are "
                 f"{' and '.join(map(str, sorted(near)))}"
+            )
+        if self.experts == "auto" and self.expert_count < self.active_experts <= _wanted_experts(self.width):
+            raise ValueError(
+                f"`width={self.width}` has no divisor near {_wanted_experts(self.width)}, so experts='auto' is "
+                f"{self.expert_count}, fewer than active_experts={self.active_experts}; take "
+                f"width={_near_widths(self.width, self.active_experts)}, or give experts="
             )
         require(
             self.active_experts <= self.expert_count,
@@ -124,10 +131,13 @@ class MEFTSettings(GradientSettings):
                 "none; pass row_optimizer='dense', or placement='keys' or 'host'"
             )
 
-    def _check_layers(self) -> None:
-        layers = self.layers
-        indices = not isinstance(layers, str) and all(_whole(layer, -(2**31)) for layer in layers) and len(layers) > 0
+    def _check_places(self) -> None:
+        layers, targets = self.layers, self.targets
+        indices = _are(layers, lambda layer: _whole(layer, -(2**31)))
         require(layers == "all" or indices, "layers", layers, "'all' or a list of block indices")
+        names = [targets] if isinstance(targets, str) else targets
+        named = _are(names, lambda name: isinstance(name, str) and name != "")
+        require(targets is None or named, "targets", targets, "a name, a list of names, or None")
 
     @property
     def expert_count(self) -> int:
@@ -296,7 +306,7 @@ def join(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:
 
 def default_experts(width: int) -> int:
     """``4 ceil(sqrt(width))``, moved to the nearest divisor of ``width``; of two the larger."""
-    wanted = 4 * math.ceil(math.sqrt(width))
+    wanted = _wanted_experts(width)
     return min(_divisors(width), key=lambda n: (abs(n - wanted), -n))
 
 
@@ -315,6 +325,26 @@ def _where(
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _wanted_experts(width: int) -> int:
+    return 4 * math.ceil(math.sqrt(width))
+
+
+def _near_widths(width: int, active_experts: int) -> str:
+    """On either side, the nearest of which "auto" makes just as many experts as it wants."""
+
+    def fits(other: int) -> bool:
+        return other % _wanted_experts(other) == 0 and _wanted_experts(other) >= active_experts
+
+    below = next(filter(fits, range(width, 0, -1)), None)
+    above = next(filter(fits, count(width)))
+    return " or ".join(str(other) for other in (below, above) if other is not None)
+
+
+def _are(values: object, good: Callable[[Any], bool]) -> bool:
+    """Whether it is a list of such, and not an empty one."""
+    return isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0 and all(map(good, values))
 
 
 def _whole(value: object, least: int) -> bool:

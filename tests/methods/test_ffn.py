@@ -162,6 +162,10 @@ def test_what_is_wrong_is_said() -> None:
         find_ffns(model, layers=[0, 3])
     with pytest.raises(ValueError, match="layers='some'"):
         find_ffns(model, layers="some")
+    with pytest.raises(ValueError, match=r"layers=3: pass 'all' or a list of indices"):
+        find_ffns(model, layers=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"targets=5: pass the end of a path"):
+        find_ffns(model, targets=5)  # type: ignore[arg-type]
 
 
 def test_where_nothing_repeats_targets_are_the_blocks() -> None:
