@@ -11,6 +11,7 @@ from lightning_offload.errors import CheckpointError, OffloadError
 CONFIG = "config.yaml"
 MODEL = "hf"
 ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def choose_folder(runs_dir: str, name: str | None, default_name: str, ckpt_path: str | None) -> str:
@@ -51,6 +52,11 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint and no run at {str(path)!r}")
     newest = newest_checkpoint(path)
+    if newest is None and (path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{str(path)!r} is an adapter, no checkpoint: give the folder of its run, or put it on its model by "
+            f"`load_meft_adapter(model, {str(path)!r})`"
+        )
     if newest is None:
         raise CheckpointError(f"no checkpoint in {str(path)!r}; was it run with callbacks=none?")
     return newest

@@ -416,11 +416,24 @@ def test_users_add_their_own_files(run, given, refused, capsys) -> None:
         ("evaluate", "which model and data to evaluate"),
         ("evaluate ckpt_path=nowhere", "no checkpoint and no run at 'nowhere'"),
         ("export", "ckpt_path has no value"),
+        (
+            "train {given} ckpt_path=adapter",
+            "'adapter' is an adapter, no checkpoint: give the folder of its run, or put",
+        ),
+        ("evaluate ckpt_path=adapter", "'adapter' is an adapter, no checkpoint"),
+        ("export ckpt_path=adapter", "model by `load_meft_adapter(model, 'adapter')`"),
+        (
+            "train {given} model.path=adapter",
+            "path='adapter' is an adapter, no model: give the model that it was trained beside, and put it on that by "
+            "`load_meft_adapter(model, 'adapter')`",
+        ),
         ("export ckpt_path=nowhere", "no checkpoint and no run at 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: str, said: str, refused, given, inputs) -> None:
     Path("empty.txt").touch()
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
     Path("bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
     shape = [
         *(f"model.config.{name}={value}" for name, value in SMALL.items()),

@@ -90,6 +90,11 @@ def check_folder(path: str) -> None:
     """Raise when `path` is meant as a folder but holds no model; anything that can be a hub id passes."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise OffloadError(
+                f"path={path!r} is an adapter, no model: give the model that it was trained beside, and put it on that "
+                f"by `load_meft_adapter(model, {path!r})`. {_WAY_OUT}"
+            )
         if not (folder / "config.json").is_file():
             raise OffloadError(f"The folder path={path!r} holds no config.json, so no model. {_WAY_OUT}")
     elif not _HUB_ID.fullmatch(path):
