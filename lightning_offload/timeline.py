@@ -63,11 +63,13 @@ class Prediction:
         spans: Its operations.
         use: What one of its steps costs.
         units: Names of the units in the order of execution.
+        union: Of meft: the part of a layer's rows for which bytes are expected.
     """
 
     spans: Sequence[Span]
     use: StepUse
     units: Sequence[str] = field(default=())
+    union: float | None = None
 
 
 def summary(predicted: StepUse | None, measured: StepUse) -> str:

@@ -106,8 +106,9 @@ class OffloadTimeline(Callback):
         predicted = self.predicted.use if self.predicted is not None else None
         rank_zero_info(summary(predicted, self._measured(engine)))
         if isinstance(engine, Engine) and isinstance(engine.own, RowOptimizer):
-            said = "" if predicted is None else "; bytes were predicted for the union that the plan names"
-            rank_zero_info(f"forwards of this run used {engine.own.union_share:.0%} of a layer's rows{said}")
+            used, planned = engine.own.union_share, self.predicted.union if self.predicted is not None else None
+            said = "" if planned is None else f"; bytes were predicted for {planned:.0%} (plan with union={used:.2g})"
+            rank_zero_info(f"forwards of this run used {used:.0%} of a layer's rows{said}")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

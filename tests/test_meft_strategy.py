@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_offload import MEFTOffloadStrategy, OffloadPrecision, OffloadStats, OffloadSummary, OffloadTimeline
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.meft import MEFTSettings
+from lightning_offload.timeline import Prediction, StepUse
 from tests.helpers import adamw
 from tests.lit import LSPManual, assert_equal_modules, fit, lsp, trainer
 from tests.meft import PLACEMENTS
@@ -184,13 +185,19 @@ def test_statistics_have_the_share_of_rows_in_use() -> None:
     assert 0 < run.callback_metrics["union"] <= 12 / 48  # 12 tokens use a row each
 
 
-def test_a_timeline_shows_rows_on_every_lane(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    timeline, strategy = OffloadTimeline(tmp_path, first_step=2, steps=2), meft(placement="host")
+@pytest.mark.parametrize("union", [None, 0.26])
+def test_a_timeline_shows_rows_on_every_lane(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, union: float | None
+) -> None:
+    predicted = Prediction([], StepUse({}, 0.5), union=union)
+    timeline = OffloadTimeline(tmp_path, first_step=2, steps=2, predicted=predicted)
+    strategy = meft(placement="host")
     with caplog.at_level(logging.INFO):
         fit(MLit(), strategy, callbacks=[timeline])
     assert strategy.engine is not None
     share = strategy.engine.own.union_share  # type: ignore[union-attr]
-    assert f"forwards of this run used {share:.0%} of a layer's rows" in caplog.text
+    said = f"; bytes were predicted for 26% (plan with union={share:.2g})" if union else ""
+    assert f"forwards of this run used {share:.0%} of a layer's rows{said}\n" in caplog.text
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     trace = json.loads(next(tmp_path.glob("*.json")).read_text())
     names = " ".join(event["name"] for event in trace["traceEvents"])

@@ -67,7 +67,7 @@ def report(plan: Plan, *, brief: bool = False) -> str:
         plan: Of one configuration.
         brief: Only whether it fits, how fast it is, what it waits for, and what to change.
     """
-    parts: list[Iterable[str]] = [_headline(plan), _verdict(plan)]
+    parts: list[Iterable[str]] = [_headline(plan), _verdict(plan, brief=brief)]
     if not plan.fits:
         parts.append(_way_out(plan))
     if plan.others:
@@ -86,7 +86,7 @@ def _headline(plan: Plan) -> Iterator[str]:
     yield f"method {plan.method}, {plan.precision}, {per_step}"
 
 
-def _verdict(plan: Plan) -> Iterator[str]:
+def _verdict(plan: Plan, *, brief: bool) -> Iterator[str]:
     if plan.fits:
         yield from _line("fits", ", ".join(f"{size_of_limit(m.bytes, m.limit_bytes)} {n}" for n, m in _places(plan)))
     else:
@@ -100,6 +100,8 @@ def _verdict(plan: Plan) -> Iterator[str]:
     bound = f"; no schedule takes less than {seconds(plan.bound_s)} ({plan.step_s / plan.bound_s:.2f} x)"
     yield from _line("one step", f"{seconds(plan.step_s)}: {rates}{'' if _on_cpu(plan) else bound}")
     yield from _line("waits for", plan.bottleneck)
+    if brief and plan.union is not None:
+        yield from _line("reckons with", f"a union of {100 * plan.union:.0f} % of a layer's rows, which only data tell")
 
 
 def _way_out(plan: Plan) -> Iterator[str]:

@@ -85,6 +85,7 @@ class Plan:
         advice: Where it does not fit: what would, the smallest change first.
         others: Other methods on the same model and machine (``compare=True``).
         device_expandable: ``device`` with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
+        union: Of meft: the part of a layer's rows for which bytes are predicted.
         uses: What the forward does with the weights.
         units: Names of the units, in the order in which they run.
         spans: Every operation of one step, and what it leaves to the next.
@@ -113,6 +114,7 @@ class Plan:
     advice: tuple[Advice, ...] = ()
     others: tuple[Plan, ...] = ()
     device_expandable: Memory | None = field(default=None, repr=False)
+    union: float | None = None
     uses: Uses = field(default_factory=Uses, repr=False)
     units: tuple[str, ...] = field(default=(), repr=False)
     spans: tuple[Span, ...] = field(default=(), repr=False)
@@ -131,7 +133,7 @@ class Plan:
     def prediction(self) -> Prediction:
         """What a measurement is set against."""
         peak_bytes = self.device.bytes if self.device.limit_bytes is not None else None  # a CPU's is not measured
-        return Prediction(self.spans, StepUse(self.lanes, self.step_s, peak_bytes), self.units)
+        return Prediction(self.spans, StepUse(self.lanes, self.step_s, peak_bytes), self.units, self.union)
 
     def __str__(self) -> str:
         """The plan as text."""

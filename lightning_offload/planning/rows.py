@@ -33,6 +33,11 @@ def bottleneck(timing: Timing) -> str:
     return f"{_STALLS.get(kind, kind)}: {seconds(longest_s)} of {seconds(sum(stalls.values()))} that the device waits"
 
 
+def union_share(timing: Timing, engine: Engine, own: RowOptimizer, micro_batches: int) -> float:
+    """The part of a layer's rows that a micro-batch is taken to use; at least a token's."""
+    return timing.kinds["d2h", "row gradients"].bytes / _dense_bytes(engine, own, micro_batches)
+
+
 def notes(timing: Timing, engine: Engine, own: RowOptimizer, micro_batches: int, tokens: int) -> Iterator[str]:
     """Which union is reckoned with, what crosses the link, and what is not reckoned.
 
@@ -43,9 +48,8 @@ def notes(timing: Timing, engine: Engine, own: RowOptimizer, micro_batches: int,
         micro_batches: Per step.
         tokens: Of each.
     """
-    weights = [t.parameter for t in own.trained]
-    dense = micro_batches * sum(p.numel() * weight_dtype(p, engine.dtypes).itemsize for p in weights)
-    share = timing.kinds["d2h", "row gradients"].bytes / dense
+    dense = _dense_bytes(engine, own, micro_batches)
+    share = union_share(timing, engine, own, micro_batches)
     yield (
         f"reckons with a union of {100 * share:.0f} % of a layer's rows (`union`); `OffloadStats` logs the real one, "
         "which depends on the data, as offload/union"
@@ -58,6 +62,12 @@ def notes(timing: Timing, engine: Engine, own: RowOptimizer, micro_batches: int,
             f"the host chooses rows by products of {gflop:,.1f} GFLOP a micro-batch, taken to last as long as reading "
             "the keys does; a slow CPU takes longer"
         )
+
+
+def _dense_bytes(engine: Engine, own: RowOptimizer, micro_batches: int) -> int:
+    """Of the gradients of all rows."""
+    weights = [t.parameter for t in own.trained]
+    return micro_batches * sum(p.numel() * weight_dtype(p, engine.dtypes).itemsize for p in weights)
 
 
 def _candidate_numel(adapter: SparseAdapter) -> int:

@@ -309,10 +309,20 @@ class Dry:
             lanes={"compute": LaneUse(0, timing.compute_s), **lanes},
             bottleneck=waiting.bottleneck,
             notes=(*self.notes, *self._traffic(), *_notes(self.run, machine)),
+            union=self._union(),
             uses=uses,
             units=uses.order,
             spans=timing.spans,
         )
+
+    def _union(self) -> float | None:
+        driver = self.run.driver
+        if not isinstance(driver, EngineDriver) or not self.timing.kinds:
+            return None
+        own = driver.engine.own
+        if not isinstance(own, RowOptimizer):
+            return None
+        return rows.union_share(self.timing, driver.engine, own, self.scenario.micro_batches)
 
     def _weights(self) -> dict[str, int]:
         """Weights by where they stand: what runs before the blocks, the blocks, what runs after them."""

@@ -11,6 +11,7 @@ from lightning_offload.memory.budget import GIB
 from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.sparse_adapter import attach_parameters
 from lightning_offload.planning import Plan, plan
+from lightning_offload.planning.report import report
 from tests.planning.machines import cpu, gpu
 from tests.planning.test_exact import sized
 
@@ -47,7 +48,10 @@ def gradient_rows(made: Plan) -> int:
 def test_the_union_is_that_which_was_asked_for(union: float, rows: int) -> None:
     made = planned(union=union)
     assert gradient_rows(made) == rows
-    assert f"a union of {100 * rows / 1024:.0f} % of a layer's rows" in note(made, "reckons with")
+    assert made.union == made.prediction.union == rows / 1024
+    said = f"a union of {100 * rows / 1024:.0f} % of a layer's rows"
+    assert said in note(made, "reckons with")
+    assert said in " ".join(report(made, brief=True).split())
 
 
 def test_few_tokens_do_not_use_more_rows_than_they_can() -> None:
