@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_offload.numerics.adapter import Gate, Scope, adapter
+from lightning_offload.numerics.adapter import Gate, Scope, adapter, route, select
 from tests.adapter import picked
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +20,29 @@ def test_the_same_bits_on_integers(gate: Gate, scope: Scope, dtype: torch.dtype)
     for mine, theirs in zip(device, host, strict=True):
         assert torch.equal(mine.cpu(), theirs)
         assert theirs.any() or gate == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", ["logit", "none"])
+def test_the_host_selects_what_the_device_would(gate: Gate, dtype: torch.dtype) -> None:
+    """Of normal data, among the experts that the device has chosen; sums in other orders may swap two that are near."""
+    tokens, width, group, top_k, size = 512, 4096, 64, 64, 1024
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, size, generator=generator).to("cuda", dtype)
+    keys = (0.02 * torch.randn(width, size, generator=generator)).to("cuda", dtype)
+    router = 50 * keys.float().unflatten(0, (-1, group)).mean(1)
+    chosen = route(x, router, 8)
+    logits = chosen.logits if gate == "logit" else None
+    here = select(x, keys, chosen.experts, logits, group=group, top_k=top_k).cpu()
+    told = [t.cpu() if t is not None else None for t in (x, keys, chosen.experts, logits)]
+    there = select(*told, group=group, top_k=top_k, by_expert=True)  # type: ignore[arg-type]
+    both = _used(here, width) & _used(there, width)
+    assert both.sum() >= 0.999 * tokens * top_k
+
+
+def _used(picks: Tensor, width: int) -> Tensor:
+    """Which rows each token uses, (T, r)."""
+    return torch.zeros(len(picks), width, dtype=torch.bool).scatter_(1, picks, True)
 
 
 def _everything(device: str, dtype: torch.dtype, gate: Gate, scope: Scope) -> list[Tensor]:
