@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -262,6 +264,25 @@ def pairwise(factors: dict[str, list[Any]], *, seed: int = 0) -> list[dict[str, 
         open_pairs -= {(a, row[a], b, row[b]) for n, a in enumerate(names) for b in names[n + 1 :]}
         rows.append({name: factors[name][index] for name, index in row.items()})
     return rows
+
+
+def mostly_slow(rows: Iterable[Any], quick: Callable[[int, Any], bool]) -> list[Any]:
+    """All rows of a large matrix; those for which ``quick(position, row)`` is false are left to the long runs."""
+    return [
+        row if quick(at, row) else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow)
+        for at, row in enumerate(rows)
+    ]
+
+
+def every(nth: int, rows: Iterable[Any]) -> list[Any]:
+    """All rows; the long runs have all of them, the others each ``nth``."""
+    return mostly_slow(rows, lambda at, row: at % nth == 0)
+
+
+def product(**factors: list[Any]) -> list[Any]:
+    """All rows of values; the long runs have all of them, the others a pairwise part."""
+    quick = [tuple(row.values()) for row in pairwise(factors)]
+    return mostly_slow(itertools.product(*factors.values()), lambda at, row: row in quick)
 
 
 def row_id(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     job = simulated.Job("laptop_4gb", TINY, 1, 8, LSPSettings(nnz=4, min_numel=0), {simulated.SERIAL: 4.0})
     monkeypatch.setattr(simulated, "PAPER", {"a job": job})
     monkeypatch.setattr(prediction, "POINTS", (("tiny", 2, "32-true"), ("tiny", 1, "bf16-true")))
+    monkeypatch.setattr(sections, "ARMS", (NATIVE, METHODS[0]))  # the others are measured below
+    monkeypatch.setattr(sections, "beside_meft", partial(simulated_meft.beside_meft, widths=[1024]))
     monkeypatch.setattr(Rates, "measured", lambda device, host_threads: RATES)
     sections._rates.cache_clear()
     yield

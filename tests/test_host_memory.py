@@ -107,7 +107,9 @@ def footprint(*arguments: str) -> dict[str, int]:
 
 
 @needs_memory
-@pytest.mark.parametrize(("precision", "per_parameter"), [("32-true", 16), ("bf16-true", 14)])
+@pytest.mark.parametrize(
+    ("precision", "per_parameter"), [pytest.param("32-true", 16, marks=pytest.mark.slow), ("bf16-true", 14)]
+)
 def test_resident_memory_beyond_plain_sgd_is_the_arenas(precision: str, per_parameter: int) -> None:
     plain, ours = footprint("train", "plain", precision), footprint("train", "ours", precision)
     numel = 6 * 4096**2

@@ -13,7 +13,7 @@ from lightning_offload.methods.projections import Projections
 REFITS = {"dim": 0.5, "others": "frozen", "refit_every": 20, "bias_threshold": 0.0}
 
 
-@pytest.mark.parametrize("projector", ["pca", "learned", "block"])
+@pytest.mark.parametrize("projector", ["pca", pytest.param("learned", marks=pytest.mark.slow), "block"])
 def test_a_refit_does_not_raise_the_loss_by_a_hundredth(projector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix has one between steps 21 and 37; held-out loss, ten steps apart."""
     refits = []

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.helpers import adamw
+from tests.helpers import adamw, mostly_slow
 from tests.lit import assert_equal_modules, fit
 from tests.meft import FFNNet
 from tests.meft_lit import MLit, MManual, MOwn, meft, shuffled_meft
@@ -101,8 +101,17 @@ HOOKS = [CustomClipping, ReadsGradients, OwnOptimizerStep, OwnBackward, Replaces
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("recompute", ["no", "reentrant"])
-@pytest.mark.parametrize(("make", "placement"), [(meft, "device"), (shuffled_meft, "host"), (shuffled_meft, "keys")])
+@pytest.mark.parametrize(
+    ("make", "placement", "recompute"),
+    mostly_slow(
+        [
+            (make, placement, recompute)
+            for make, placement in [(meft, "device"), (shuffled_meft, "host"), (shuffled_meft, "keys")]
+            for recompute in ("no", "reentrant")
+        ],
+        lambda at, row: at in (0, 3, 4),
+    ),
+)
 def test_overridden_hooks_behave_as_under_plain_lightning(kind: Any, recompute: str, make: Any, placement: str) -> None:
     plain, ours = kind(attached={}, recompute=recompute), kind(recompute=recompute)
     window = {} if kind is UserManual else {"accumulate_grad_batches": 2}
@@ -291,7 +300,7 @@ def test_learning_rate_finder(make: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert_equal_modules(*modules)
 
 
-@pytest.mark.parametrize("make", [meft, shuffled_meft])
+@pytest.mark.parametrize("make", [pytest.param(meft, marks=pytest.mark.slow), shuffled_meft])
 def test_batch_size_finder_leaves_no_gradient_behind(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

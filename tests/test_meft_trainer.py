@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_offload.methods.meft import adapters_of
 from lightning_offload.text import TINY_PATH, CausalLM
-from tests.helpers import adamw
+from tests.helpers import adamw, mostly_slow
 from tests.lit import assert_equal_modules, fit, trainer
 from tests.meft import FFNNet
 from tests.meft_lit import MLit, MOwn, attach, meft, shuffled_meft
@@ -299,8 +300,10 @@ class Generates(L.Callback):
         self.found.append(made[0].tolist())
 
 
-@pytest.mark.parametrize("placement", ["host", "keys", "device"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("placement", "checkpointing"),
+    mostly_slow(itertools.product(["host", "keys", "device"], [False, True]), lambda at, row: at in (0, 3, 5)),
+)
 def test_a_hugging_face_model_trains_and_generates_as_with_resident_adapters(
     placement: str, checkpointing: bool
 ) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_offload import OffloadPrecision
-from tests.helpers import adamw, pairwise, row_id, two_groups
+from tests.helpers import adamw, mostly_slow, pairwise, row_id, two_groups
 from tests.lit import Lit, Manual, assert_equal_modules, fit, offload, shuffled
 
 OPTIMIZERS = {"adamw": adamw, "groups": two_groups}
@@ -260,8 +260,13 @@ class Ema(WeightAveraging):
     ],
     ids=["reads", "writes", "swaps", "early", "loads", "ema", "swa", "accumulation"],
 )
-@pytest.mark.parametrize("min_numel", [0, 60])
-@pytest.mark.parametrize(("kind", "window"), [(offload, 1), (shuffled, 1), (shuffled, 2)])
+@pytest.mark.parametrize(
+    ("kind", "window", "min_numel"),
+    mostly_slow(
+        [(kind, window, numel) for kind, window in [(offload, 1), (shuffled, 1), (shuffled, 2)] for numel in (0, 60)],
+        lambda at, row: at in (0, 3, 4),
+    ),
+)
 def test_callbacks_behave_as_under_plain_lightning(make: Any, min_numel: int, kind: Any, window: int) -> None:
     if isinstance(make(), GradientAccumulationScheduler):
         window = 1  # Lightning allows one of the two
@@ -326,7 +331,7 @@ def test_learning_rate_finder(make: Any, precision: Any, tmp_path: Path, monkeyp
         assert_equal_modules(*modules)
 
 
-@pytest.mark.parametrize("accumulate", ["device", "host"])
+@pytest.mark.parametrize("accumulate", ["device", pytest.param("host", marks=pytest.mark.slow)])
 def test_batch_size_finder_leaves_no_gradient_behind(
     accumulate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_offload import OffloadStats, OffloadSummary
-from tests.helpers import VOCAB, pairwise, row_id
+from tests.helpers import VOCAB, every, pairwise, row_id
 from tests.lit import LSPManual, lsp, trainer
 from tests.test_zo2_trainer import CALLBACKS
 from tests.zo2 import ZLit, ZManual, ZOwn, same_weights, zfit, zo2
@@ -27,7 +27,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("row", pairwise(FACTORS, seed=2), ids=row_id)
+@pytest.mark.parametrize("row", every(2, pairwise(FACTORS, seed=2)), ids=row_id)
 def test_strategy_and_mixins_have_the_same_bits(row: dict[str, Any]) -> None:
     settings, precision, build = row["settings"], row["precision"], {"schedule": row["schedule"], **row["net"]}
     step = {"accumulate_grad_batches": row["accumulate_grad_batches"], "gradient_clip_val": row["gradient_clip_val"]}

@@ -17,6 +17,7 @@ from lightning_offload import FullOffloadStrategy, OffloadPrecision, ZO2OffloadS
 from lightning_offload.errors import NonFiniteError, OffloadError
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.text import TINY_PATH, CausalLM
+from tests.helpers import every
 from tests.lit import lsp, trainer
 from tests.zo2 import ZLit, zfit, zo2
 from tests.zoo import ZOO, first_tensor
@@ -47,7 +48,7 @@ class Family(L.LightningModule):
     val_dataloader = train_dataloader
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", every(2, ZOO))
 @pytest.mark.filterwarnings("ignore:.*no repeated blocks", "ignore:Detected call of")
 def test_families_train_evaluate_save_and_resume(name: str, tmp_path: Path) -> None:
     whole, first, rest = Family(name), Family(name), Family(name)

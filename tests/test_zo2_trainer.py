@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
 
 from lightning_offload import OffloadPrecision, ZO2OffloadStrategy, replay
-from tests.helpers import VOCAB, Net, pairwise, row_id
+from tests.helpers import VOCAB, Net, mostly_slow, pairwise, row_id
 from tests.lit import trainer
 from tests.zo2 import ZO2, ZLit, oracle, same_weights, sgd, shuffled_zo2, zfit, zo2
 
@@ -95,8 +96,14 @@ def test_a_wire_of_16_bits_under_autocast_is_half_the_bytes_and_nearly_the_same_
 # Orders and boundaries
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
-@pytest.mark.parametrize("net", [{}, {"tied": True}, {"frozen": True}], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "net"),
+    mostly_slow(
+        itertools.product(["32-true", "bf16-true", "16-true"], [{}, {"tied": True}, {"frozen": True}]),
+        lambda at, row: at in (0, 4, 8),
+    ),
+    ids=str,
+)
 def test_in_any_order_and_with_boundaries_everywhere_the_bits_are_the_same(
     tmp_path: Path, precision: Any, net: dict[str, Any]
 ) -> None:

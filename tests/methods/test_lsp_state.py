@@ -17,7 +17,7 @@ from lightning_offload.memory.checked import CheckedLanes
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.lsp import LSP
-from tests.helpers import VOCAB, Net, adamw, lanes_of
+from tests.helpers import VOCAB, Net, adamw, lanes_of, product
 from tests.methods.test_full import snapshot
 from tests.methods.test_lsp import CLIPS, NARROW
 from tests.projected import projected_names, settings_of
@@ -153,10 +153,15 @@ def test_nothing_is_lost_at_a_boundary(kind: str, way: dict[str, Any]) -> None:
         checking.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("kind", ["inline", "checked", "shuffled"])
-@pytest.mark.parametrize("at", range(4, 11))
-@pytest.mark.parametrize("projector", ["learned", "block"])
-@pytest.mark.parametrize("form", ["gradient", "activations"])
+@pytest.mark.parametrize(
+    ("kind", "at", "projector", "form"),
+    product(
+        kind=["inline", "checked", "shuffled"],
+        at=list(range(4, 11)),
+        projector=["learned", "block"],
+        form=["gradient", "activations"],
+    ),
+)
 def test_an_exception_in_backward_leaves_no_trace(kind: str, at: int, projector: str, form: str) -> None:
     """In a refit step too: projectors that were replaced before it go back, and the next run of the step draws again.
 

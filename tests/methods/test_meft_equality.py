@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.sparse_adapter import SparseAdapter
 from lightning_offload.numerics.norms import clip_coefficient, gradient_norm, total_norm
-from tests.helpers import VOCAB, Run, assert_same, lanes_of, pairwise, row_id, train
+from tests.helpers import VOCAB, Run, assert_same, lanes_of, pairwise, product, row_id, train
 from tests.meft import (
     PLACEMENTS,
     FFNNet,
@@ -94,15 +94,15 @@ def test_equals_torch(row: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(300))
 def test_equals_torch_on_random_rows(index: int) -> None:
-    product = list(itertools.islice(itertools.product(*FACTORS.values()), index * 97 % 9973, None, 9973))
-    row = dict(zip(FACTORS, product[index % len(product)], strict=True))
+    rows = list(itertools.islice(itertools.product(*FACTORS.values()), index * 97 % 9973, None, 9973))
+    row = dict(zip(FACTORS, rows[index % len(rows)], strict=True))
     assert_same(*run_row(row, seed=index))
 
 
 @pytest.mark.filterwarnings("ignore:Each micro-batch has used more than")
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("scope", ["token", "union"])
-@pytest.mark.parametrize("gate", ["logit", "none"])
+@pytest.mark.parametrize(
+    ("placement", "scope", "gate"), product(placement=PLACEMENTS, scope=["token", "union"], gate=["logit", "none"])
+)
 def test_twenty_steps_of_two_micro_batches(gate: str, scope: str, placement: str) -> None:
     """Bits of torch on the adapters; and of the dense masked oracle what another order of sums leaves.
 
@@ -141,9 +141,9 @@ class DenseParallel(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Each micro-batch has used more than")
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("scope", ["token", "union"])
-@pytest.mark.parametrize("clip", ["none", "norm"])
+@pytest.mark.parametrize(
+    ("placement", "scope", "clip"), product(placement=PLACEMENTS, scope=["token", "union"], clip=["none", "norm"])
+)
 def test_all_rows_one_expert_no_gate_is_the_dense_parallel_adapter(scope: str, placement: str, clip: str) -> None:
     whole = {"width": 48, "experts": 1, "active_experts": 1, "top_k": 48, "gate": "none", "scope": scope}
     net, plain = adapted(**whole), FFNNet().requires_grad_(False)
@@ -164,12 +164,13 @@ def without_routers(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for n, p in module.named_parameters() if n.endswith(("keys", "values"))], fused=True)
 
 
-@pytest.mark.parametrize("clip", list(CLIPS))
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize(("gate", "scope"), [("logit", "token"), ("none", "union")])
-def test_bf16_equals_masters_stepped_by_hand(gate: str, scope: str, placement: str, clip: str) -> None:
+@pytest.mark.parametrize(
+    ("placement", "clip", "meaning"),
+    product(placement=PLACEMENTS, clip=list(CLIPS), meaning=[("logit", "token"), ("none", "union")]),
+)
+def test_bf16_equals_masters_stepped_by_hand(placement: str, clip: str, meaning: tuple[str, str]) -> None:
     """Rows and their gradients travel in bf16; sums over micro-batches, masters and moments are fp32."""
-    of_adapters = {"gate": gate, "scope": scope}
+    of_adapters = dict(zip(("gate", "scope"), meaning, strict=True))
     ours = train(
         adapted(**of_adapters),
         lanes_of("inline"),

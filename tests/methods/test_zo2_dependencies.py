@@ -19,7 +19,7 @@ from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.checked import CheckedLanes
 from lightning_offload.memory.lanes import Event
 from lightning_offload.methods.base import DTypes
-from tests.helpers import Net
+from tests.helpers import Net, every
 from tests.methods.test_zo2_independence import Kept, Sometimes, skip
 from tests.zeroth import by_engine, net_loss, token_batches
 
@@ -114,6 +114,6 @@ def test_every_dependency_that_is_removed_is_caught() -> None:
     assert [kind for kind in kinds if not is_caught(kind)] == []
 
 
-@pytest.mark.parametrize("scenario", range(len(SCENARIOS)))
+@pytest.mark.parametrize("scenario", every(2, range(len(SCENARIOS))))
 def test_with_all_of_them_nothing_is_found(scenario: int) -> None:
     SCENARIOS[scenario](Recorder())

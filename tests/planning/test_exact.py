@@ -23,7 +23,7 @@ from lightning_offload.methods.method import Method
 from lightning_offload.planning import plan
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.precision import OffloadPrecision
-from tests.helpers import pairwise, row_id
+from tests.helpers import every, pairwise, product, row_id
 from tests.lit import Lit, Manual, offload
 from tests.planning.machines import cpu
 from tests.zoo import ZOO
@@ -91,7 +91,7 @@ ROWS = pairwise(
 )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=row_id)
+@pytest.mark.parametrize("row", every(2, ROWS), ids=row_id)
 def test_bytes_of_every_lane_arenas_and_flops(row: dict[str, Any]) -> None:
     module, batch = ZOO[row["family"]]()
     if row["checkpointing"] and module.supports_gradient_checkpointing:  # type: ignore[union-attr]
@@ -206,9 +206,14 @@ def allocated_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "precision", "checkpointing"),
+    product(
+        family=["llama", "gpt2", "opt"],
+        precision=["32-true", "bf16-true", "bf16-mixed"],
+        checkpointing=[False, True],
+    ),
+)
 def test_the_peak_on_the_device_is_within_five_percent(family: str, precision: str, checkpointing: bool) -> None:
     make, batch = sized(family, precision)
 

@@ -16,7 +16,7 @@ from lightning_offload.methods.sparse_adapter import attach_parameters
 from lightning_offload.planning import plan
 from lightning_offload.planning.methods import SPARSE
 from lightning_offload.planning.scenario import Dry, Scenario
-from tests.helpers import pairwise, row_id
+from tests.helpers import every, pairwise, row_id
 from tests.planning.machines import cpu
 from tests.planning.test_exact import STEPS, allocated_peak, run_for_real, sized
 from tests.zoo import ZOO
@@ -61,7 +61,7 @@ ROWS = pairwise(
 )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=row_id)
+@pytest.mark.parametrize("row", every(2, ROWS), ids=row_id)
 def test_bytes_of_every_lane_and_arenas(row: dict[str, Any]) -> None:
     module, batch = ZOO[row["family"]]()
     if row["checkpointing"]:

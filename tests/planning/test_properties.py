@@ -18,6 +18,7 @@ from lightning_offload.planning import Plan, plan
 from lightning_offload.planning.methods import NATIVE, SERIAL
 from lightning_offload.planning.result import THE_RUN_ITSELF
 from lightning_offload.planning.scenario import Dry, Scenario
+from tests.helpers import every
 from tests.lit import Lit, trainer
 from tests.planning.machines import RATES, cpu, gpu
 from tests.zoo import ZOO
@@ -57,7 +58,8 @@ def faster(name: str, rates: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("settings", "slow"),
-    [(name, list(SLOW)[at % len(SLOW)]) for at, name in enumerate(SETTINGS)] + [("full", slow) for slow in SLOW][1:],
+    every(2, [(name, list(SLOW)[at % len(SLOW)]) for at, name in enumerate(SETTINGS)])
+    + every(2, [("full", slow) for slow in SLOW][1:]),
 )
 def test_neither_bound_nor_step_grows_with_a_rate(settings: str, slow: str) -> None:
     rates = {**RATES, **SLOW[slow]}
