@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_offload.errors import CheckpointError
 from lightning_offload.methods.base import Rounding
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
+from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.steplog import Entry, Header, hash_weights, load_log
 from lightning_offload.methods.streaming import Leaf
 from lightning_offload.numerics.noise import Distribution
@@ -117,7 +118,8 @@ def _noise(header: Header, trained: Sequence[Leaf], device: torch.device | None)
     if header.noise == "mezo":
         return MezoNoise(trained, header.eps, device or torch.device("cpu"))
     distribution, rounding = cast(Distribution, header.distribution), cast(Rounding, header.rounding)
-    return PhiloxNoise(0, header.eps, distribution, rounding)  # every entry has the seed
+    kernels = CommonSettings().kernels
+    return PhiloxNoise(0, header.eps, distribution, rounding, kernels)  # every entry has the seed
 
 
 def _device(header: Header, leaves: Sequence[Leaf]) -> torch.device | None:

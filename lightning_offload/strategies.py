@@ -130,6 +130,7 @@ class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
         host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
+        native: Compiled kernels for what the host computes: ``"auto"`` where a C++ compiler is, ``"on"``, ``"off"``.
         skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
@@ -154,6 +155,7 @@ class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         blocks: Sequence[str | type[nn.Module]] | None = None,
         pin_memory: bool | Literal["auto"] = "auto",
         host_threads: int | Literal["auto"] = "auto",
+        native: Literal["auto", "on", "off"] = "auto",
         skip_nonfinite: bool = True,
         max_skips: int = 10,
         on_misfit: Literal["error", "warn"] = "error",
@@ -170,6 +172,7 @@ class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
                 "blocks": blocks,
                 "pin_memory": pin_memory,
                 "host_threads": host_threads,
+                "native": native,
                 "skip_nonfinite": skip_nonfinite,
                 "max_skips": max_skips,
                 "on_misfit": on_misfit,
@@ -221,6 +224,7 @@ class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
         host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
+        native: Compiled kernels for what the host computes: ``"auto"`` where a C++ compiler is, ``"on"``, ``"off"``.
         skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
@@ -264,6 +268,7 @@ class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         blocks: Sequence[str | type[nn.Module]] | None = None,
         pin_memory: bool | Literal["auto"] = "auto",
         host_threads: int | Literal["auto"] = "auto",
+        native: Literal["auto", "on", "off"] = "auto",
         skip_nonfinite: bool = True,
         max_skips: int = 10,
         on_misfit: Literal["error", "warn"] = "error",
@@ -300,6 +305,7 @@ class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
                 "blocks": blocks,
                 "pin_memory": pin_memory,
                 "host_threads": host_threads,
+                "native": native,
                 "skip_nonfinite": skip_nonfinite,
                 "max_skips": max_skips,
                 "on_misfit": on_misfit,
@@ -347,6 +353,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
         host_threads: Of the host worker, which copies what is not page-locked.
+        native: Compiled kernels for what the host computes: ``"auto"`` where a C++ compiler is, ``"on"``, ``"off"``.
         skip_nonfinite: Drop a step whole when a loss is not finite.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
@@ -381,6 +388,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         blocks: Sequence[str | type[nn.Module]] | None = None,
         pin_memory: bool | Literal["auto"] = "auto",
         host_threads: int | Literal["auto"] = "auto",
+        native: Literal["auto", "on", "off"] = "auto",
         skip_nonfinite: bool = True,
         max_skips: int = 10,
         on_misfit: Literal["error", "warn"] = "error",
@@ -409,6 +417,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
                 "blocks": blocks,
                 "pin_memory": pin_memory,
                 "host_threads": host_threads,
+                "native": native,
                 "skip_nonfinite": skip_nonfinite,
                 "max_skips": max_skips,
                 "on_misfit": on_misfit,
@@ -450,6 +459,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         blocks: Module paths or classes that are the model's blocks, when discovery is wrong.
         pin_memory: Page-lock the host memory that crosses the link; ``"auto"`` as far as the machine allows.
         host_threads: Threads of the host worker; ``"auto"`` is the physical cores less one.
+        native: Compiled kernels for what the host computes: ``"auto"`` where a C++ compiler is, ``"on"``, ``"off"``.
         skip_nonfinite: Leave everything as it is in a step whose gradient norm is not finite.
         max_skips: Skipped steps in a row that are put up with; one more is an error.
         on_misfit: ``"error"`` or ``"warn"`` when host memory is too small.
@@ -488,6 +498,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         blocks: Sequence[str | type[nn.Module]] | None = None,
         pin_memory: bool | Literal["auto"] = "auto",
         host_threads: int | Literal["auto"] = "auto",
+        native: Literal["auto", "on", "off"] = "auto",
         skip_nonfinite: bool = True,
         max_skips: int = 10,
         on_misfit: Literal["error", "warn"] = "error",
@@ -520,6 +531,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
                 "blocks": blocks,
                 "pin_memory": pin_memory,
                 "host_threads": host_threads,
+                "native": native,
                 "skip_nonfinite": skip_nonfinite,
                 "max_skips": max_skips,
                 "on_misfit": on_misfit,

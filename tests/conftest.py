@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_offload.numerics import native
+from lightning_offload.numerics.native import Kernels
+
 torch.set_num_threads(1)  # before any fixture: the bits of a forward depend on it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +26,15 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def _seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tiny tensors: waking threads costs more than they save, most of all on a busy machine
+
+
+@pytest.fixture
+def kernels() -> Kernels:
+    """Compiled, where a compiler is."""
+    try:
+        return native.load()[0]
+    except native.NotBuiltError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

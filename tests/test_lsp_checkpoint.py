@@ -64,10 +64,10 @@ def test_a_second_resume_continues_refits_where_they_were(tmp_path: Path) -> Non
 def test_auto_and_seed_are_those_of_the_run_that_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_offload.methods import lsp as method
 
-    monkeypatch.setattr(method, "largest_hidden_dim", lambda *_: (0.25, "measured"))
+    monkeypatch.setattr(method, "largest_hidden_dim", lambda *_, **__: (0.25, "measured"))
     torch.manual_seed(1)
     fit(new(), lsp(dim="auto", seed=None), steps=2).save_checkpoint(tmp_path / "a.ckpt")
-    monkeypatch.setattr(method, "largest_hidden_dim", lambda *_: (0.5, "measured"))
+    monkeypatch.setattr(method, "largest_hidden_dim", lambda *_, **__: (0.5, "measured"))
     module, strategy = new(), lsp(dim="auto", seed=None)
     torch.manual_seed(2)
     fit(module, strategy, steps=4, ckpt_path=tmp_path / "a.ckpt")

@@ -17,13 +17,14 @@ MOST, STEP = 0.5, 1 / 32
 """A fraction beyond a half moves more and learns little more; a finer step changes nothing."""
 
 
-def host_step_bytes(gradient_itemsize: int, wire_itemsize: int) -> int:
+def host_step_bytes(gradient_itemsize: int, wire_itemsize: int, *, fused: bool) -> int:
     """Host memory traffic of an element's step: gradient read, fp32 moments read and written, delta written; casts."""
-    return gradient_itemsize + 16 + wire_itemsize + CAST_BYTES * (wire_itemsize == 2)
+    casts = wire_itemsize == 2 and not fused
+    return gradient_itemsize + 16 + wire_itemsize + CAST_BYTES * casts
 
 
 def largest_hidden_dim(
-    weights: Mapping[str, nn.Parameter], machine: Machine, dtypes: DTypes, tokens: int
+    weights: Mapping[str, nn.Parameter], machine: Machine, dtypes: DTypes, tokens: int, *, fused: bool
 ) -> tuple[float, str]:
     """The largest fraction d / min(m, n) at which link and host keep up with backward, and the reason.
 
@@ -36,6 +37,7 @@ def largest_hidden_dim(
         machine: Without rates it is measured.
         dtypes: Which dtype lives where.
         tokens: Of one micro-batch.
+        fused: Whether the host has compiled kernels.
     """
     if machine.device_type == "cpu" or not weights:
         return MOST, "device and host are one memory"
@@ -45,7 +47,7 @@ def largest_hidden_dim(
     tflops = rates.bf16_tflops if wire == 2 else rates.fp32_tflops
     backward_s = 4 * sum(p.numel() for p in parameters) * tokens / (1e12 * tflops)
     link = 1e9 * min(rates.h2d_gb_per_s, rates.d2h_gb_per_s) * rates.duplex / wire
-    host = 1e9 * rates.host_gb_per_s / host_step_bytes(wire, wire)
+    host = 1e9 * rates.host_gb_per_s / host_step_bytes(wire, wire, fused=fused)
     whole = sum(min(p.shape) ** 2 for p in parameters)
     fraction = min(math.sqrt(backward_s * min(link, host) / whole), MOST)
     fraction = max(math.floor(fraction / STEP), 1) * STEP

@@ -88,7 +88,7 @@ class Engine:
         self.gradients_visible = False
         self.units = list(units) if units is not None else partition(module, method.settings.blocks)
         self.arrivals = Arrivals(module, self.units, lanes, uses)
-        self.rule = rule_for(optimizer)
+        self.rule = rule_for(optimizer, method.settings.kernels)
         self._expects_clip = expects_clip
         self._steps = 0
         self._undo: list[Callable[[], Any]] = []

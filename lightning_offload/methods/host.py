@@ -52,7 +52,7 @@ class HostOptimizer(HostPart[WeightHome]):
     @property
     def scratch_bytes(self) -> int:
         """Host memory in which 16-bit gradients are cast, beside the arenas."""
-        narrow = [home for home in self._home.values() if home.rounded and home.total is None]
+        narrow = [home for home in self._home.values() if self._casts(home)]
         return max((min(CHUNK_NUMEL, h.wire.numel()) * h.master.element_size() for h in narrow), default=0)
 
     def adopt(self) -> None:
@@ -134,7 +134,11 @@ class HostOptimizer(HostPart[WeightHome]):
     def _step_bytes(self, home: WeightHome) -> int:
         """Gradient read, master and states read and written."""
         states = 4 + 8 + 8 * len(self._rule.states)
-        return states + CAST_BYTES if home.rounded and home.total is None else states
+        return states + CAST_BYTES if self._casts(home) else states
+
+    def _casts(self, home: WeightHome) -> bool:
+        """Whether 16-bit gradients are widened in memory."""
+        return home.rounded and home.total is None and self._rule.fused is None
 
     def _launch(self, unit: UnitHomes[WeightHome], backward_done: Event) -> None:
         taken, lanes = unit.taken, self._lanes

@@ -204,7 +204,8 @@ class LSP:
             if before and "dim" in before:
                 dim, reason = before["dim"], "as in the run that is continued"
             else:
-                dim, reason = largest_hidden_dim(self._candidates(module, units), machine, dtypes, settings.tokens)
+                candidates, fused = self._candidates(module, units), settings.native == "on"
+                dim, reason = largest_hidden_dim(candidates, machine, dtypes, settings.tokens, fused=fused)
             settings = replace(settings, dim=dim)
             reasons.append(f"dim={dim}: {reason}")
         if settings.seed is None:

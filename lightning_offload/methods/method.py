@@ -15,7 +15,7 @@ from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.homes import weight_dtype
 from lightning_offload.methods.rules import Rule
 from lightning_offload.methods.sender import Sender
-from lightning_offload.methods.settings import GradientSettings, pins
+from lightning_offload.methods.settings import GradientSettings, pins, settle_native
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def resolve_common(
             threads, reason = machine.torch_threads, "the CPU is the device too, so all of torch's threads"
         settings = replace(settings, host_threads=threads)
         reasons.append(f"host_threads={threads}: {reason}")
-    return settings, reasons
+    settings, reason = settle_native(settings)
+    return settings, [*reasons, reason]
 
 
 def _where_to_accumulate(

@@ -12,6 +12,7 @@ from lightning_offload.methods.base import Rounding
 from lightning_offload.methods.steplog import Entry
 from lightning_offload.methods.streaming import Leaf
 from lightning_offload.numerics.mezo import MezoSequence, decays, mezo_minus, mezo_plus, mezo_restore, mezo_update
+from lightning_offload.numerics.native import Kernels
 from lightning_offload.numerics.noise import Distribution, Draw
 from lightning_offload.numerics.zeroth import Update, perturb, update_
 
@@ -48,10 +49,14 @@ class PhiloxNoise:
         eps: Of the method.
         distribution: Of z.
         rounding: Of updates of 16-bit weights.
+        kernels: Compiled, for weights in host memory.
     """
 
-    def __init__(self, seed: int, eps: float, distribution: Distribution, rounding: Rounding) -> None:
+    def __init__(
+        self, seed: int, eps: float, distribution: Distribution, rounding: Rounding, kernels: Kernels | None = None
+    ) -> None:
         self._seed, self._eps, self._distribution, self._rounding = seed, eps, distribution, rounding
+        self._kernels = kernels
 
     def seed(self) -> int:
         """See ``Noise.seed``: that of the run; the step is part of the counter's key."""
@@ -59,7 +64,9 @@ class PhiloxNoise:
 
     def show(self, leaf: Leaf, weight: Tensor, out: Tensor, *, seed: int, step: int, direction: int, sign: int) -> None:
         """See ``Noise.show``."""
-        perturb(weight, Draw(seed, step, leaf.place, direction), sign * self._eps, out, self._distribution)
+        perturb(
+            weight, Draw(seed, step, leaf.place, direction), sign * self._eps, out, self._distribution, self._kernels
+        )
 
     def apply(self, leaf: Leaf, weight: Tensor, entries: Sequence[Entry]) -> None:
         """See ``Noise.apply``."""
@@ -73,7 +80,7 @@ class PhiloxNoise:
             )
             for entry in entries
         ]
-        update_(weight, updates, self._distribution, self._rounding)
+        update_(weight, updates, self._distribution, self._rounding, self._kernels)
 
     def state(self) -> Any:
         """See ``Noise.state``."""

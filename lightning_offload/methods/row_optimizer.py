@@ -291,6 +291,7 @@ class RowOptimizer(Sender):
             states=dict(zip(self._rule.states, others, strict=True)),
             total=total,
             shadow=shadow,
+            kernels=self._rule.kernels,
             steps="dense" if (stays or whole) and not lazy else self._row_optimizer,
         )
         table.show()

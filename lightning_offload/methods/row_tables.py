@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_offload.methods.base import Trained, Verdict
-from lightning_offload.methods.homes import CHUNK_NUMEL, clip_
+from lightning_offload.methods.homes import CHUNK_NUMEL, clamp_, clip_
 from lightning_offload.methods.part import CAST_BYTES
 from lightning_offload.methods.rules import Rule
-from lightning_offload.numerics.row_adam import History, catch_up_, deferred_, lazy_
+from lightning_offload.numerics.native import Kernels
+from lightning_offload.numerics.native.kernels import VECTOR
+from lightning_offload.numerics.row_adam import History, catch_up_, deferred_, lazy_, missed_steps
 
 RowSteps = Literal["auto", "dense", "deferred", "lazy"]
 
@@ -22,6 +24,9 @@ MOSTLY = 0.1
 
 With a gap to catch up, torch's operations step 1,600 of 6,144 rows of 4,096 in 2.8 times the time of the whole table.
 """
+
+MOSTLY_FUSED = 0.5
+"""The same with compiled kernels."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -32,11 +37,13 @@ class Rows:
         name: Of the parameter.
         master: fp32, the truth; the parameter's ``data``.
         shadow: What goes up: the master itself, or rounded to the dtype that the device computes in.
+        kernels: Compiled, or none.
     """
 
     name: str
     master: Tensor
     shadow: Tensor
+    kernels: Kernels | None = None
 
     @property
     def rounded(self) -> bool:
@@ -45,7 +52,10 @@ class Rows:
 
     def gather(self, rows: Tensor, out: Tensor) -> None:
         """Copy rows as the device is to see them to ``out``, (U, d)."""
-        torch.index_select(self.shadow, 0, rows, out=out)
+        if self.kernels is not None:
+            self.kernels.gather(self.shadow, rows, out)
+        else:
+            torch.index_select(self.shadow, 0, rows, out=out)
 
     def catch_up(self, rows: Tensor | None = None) -> None:
         """These rows, or all, have seen every step."""
@@ -104,10 +114,13 @@ class RowTable(Rows):
     def step_bytes(self) -> int:
         """Host memory traffic of one element's step: sum read and zeroed, master and states read and written."""
         states = 8 + 8 + 8 * len(self.states)
-        return states + CAST_BYTES if self.rounded else states
+        return states + CAST_BYTES if self.rounded and self._fused is None else states
 
     def add(self, rows: Tensor, gradient: Tensor) -> None:
         """Add the gradient rows, (U, d), that are not zero."""
+        if self.kernels is not None:
+            self.kernels.add_rows_(self.total, self.touched, rows, gradient)
+            return
         present = gradient.any(1)
         if not bool(present.all()):
             rows, gradient = rows[present], gradient[present]
@@ -122,7 +135,11 @@ class RowTable(Rows):
             return
         asked = torch.arange(len(self.master)) if rows is None else rows
         behind = asked[self.last[asked] < self.history.step]
-        if len(behind):
+        if len(behind) and self._fused is not None:
+            missed = missed_steps(self.last[behind], self.history, self.eps, torch.float32)
+            self._fused.step_rows_(*self._tensors, shown=self._shown, rows=behind, missed=missed, way="none")
+            self.last[behind] = self.history.step
+        elif len(behind):
             catch_up_(*self._tensors, behind, last=self.last, history=self.history, eps=self.eps)
             self.show(behind)
         if rows is None:
@@ -132,13 +149,18 @@ class RowTable(Rows):
         """The optimizer step, or none where the verdict says so; sums are zero afterwards."""
         rows = self.touched.nonzero().flatten()
         if not verdict.skip:
-            clip_([self.total], verdict)
-            if self.steps == "lazy":
-                self._step_lazily(rows, group)
-            elif self.steps == "deferred" or (self.steps == "auto" and len(rows) <= MOSTLY * len(self.master)):
-                self._step_rows(rows, group)
+            if self._fused is not None:
+                coefficient = clamp_([self.total], verdict)
             else:
-                self._step_all(rule, group)
+                clip_([self.total], verdict)
+                coefficient = 1.0
+            most = (MOSTLY if self._fused is None else MOSTLY_FUSED) * len(self.master)
+            if self.steps == "lazy":
+                self._step_lazily(rule, rows, group, coefficient)
+            elif self.steps == "deferred" or (self.steps == "auto" and len(rows) <= most):
+                self._step_rows(rule, rows, group, coefficient)
+            else:
+                self._step_all(rule, group, coefficient)
         self.forget(rows)
 
     def forget(self, rows: Tensor | None = None) -> None:
@@ -153,13 +175,51 @@ class RowTable(Rows):
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.master, self.states["exp_avg"], self.states["exp_avg_sq"]
 
-    def _step_all(self, rule: Rule, group: Mapping[str, Any]) -> None:
+    @property
+    def _fused(self) -> Kernels | None:
+        """Kernels that take a row at a time."""
+        return self.kernels if self.master.shape[1] % VECTOR == 0 and len(self.states) == 2 else None
+
+    @property
+    def _shown(self) -> Tensor | None:
+        return self.shadow if self.rounded else None
+
+    def _step_all(self, rule: Rule, group: Mapping[str, Any], coefficient: float) -> None:
         self.catch_up()
+        if self._fused is not None:
+            self.step += 1
+            self._step_fused(rule, None, group, coefficient, way="adam")
+            return
         states = {name: [tensor] for name, tensor in self.states.items()}
         rule.step_([self.master], [self.total], states, [self.step], group)
         self.show()
 
-    def _step_rows(self, rows: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_fused(
+        self,
+        rule: Rule,
+        rows: Tensor | None,
+        group: Mapping[str, Any],
+        coefficient: float,
+        *,
+        way: str,
+        missed: Sequence[Tensor] = (),
+    ) -> None:
+        """These rows, or all: caught up, stepped, shown and their sums cleared in one pass."""
+        assert self._fused is not None
+        self._fused.step_rows_(
+            *self._tensors,
+            total=self.total,
+            touched=self.touched,
+            shown=self._shown,
+            rows=rows,
+            missed=missed,
+            way=way,
+            step=float(self.step),
+            coefficient=coefficient,
+            **rule.hyper(group),
+        )
+
+    def _step_rows(self, rule: Rule, rows: Tensor, group: Mapping[str, Any], coefficient: float) -> None:
         if self.history is not None and (self.history.betas, self.eps) != (_betas(group), group["eps"]):
             self.catch_up()  # steps that were missed had the old ones
         if self.history is None:
@@ -167,22 +227,30 @@ class RowTable(Rows):
             self.history = History(_betas(group), done, torch.zeros(3, done + 1, dtype=torch.float64))
             self.last.fill_(done)
         self.eps = group["eps"]
-        deferred_(
-            *self._tensors,
-            rows,
-            self.total.index_select(0, rows),
-            last=self.last,
-            history=self.history,
-            lr=float(group["lr"]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
         self.step += 1
+        if self._fused is not None:
+            missed = missed_steps(self.last[rows], self.history, self.eps, torch.float32)
+            self._step_fused(rule, rows, group, coefficient, way="adam", missed=missed)
+            self.last[rows] = self.history.step + 1
+        else:
+            deferred_(
+                *self._tensors,
+                rows,
+                self.total.index_select(0, rows),
+                last=self.last,
+                history=self.history,
+                lr=float(group["lr"]),
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            self.show(rows)
         self.history.advance(lr=float(group["lr"]), weight_decay=group["weight_decay"])
-        self.show(rows)
 
-    def _step_lazily(self, rows: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_lazily(self, rule: Rule, rows: Tensor, group: Mapping[str, Any], coefficient: float) -> None:
         self.step += 1
+        if self._fused is not None:
+            self._step_fused(rule, rows, group, coefficient, way="lazy")
+            return
         grads = self.total.index_select(0, rows)
         lazy_(
             *self._tensors,

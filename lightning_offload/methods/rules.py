@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_offload.errors import CheckpointError
 from lightning_offload.numerics.adam import adam_, sgd_
+from lightning_offload.numerics.native import Kernels
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Rule:
         has_step: Whether torch's state holds a step count.
         step_: ``(params, grads, states, steps, group, found_inf=None)`` in place.
         decoupled: Whether it is AdamW: Adam whose decay acts on the weight, not through the gradient.
+        kernels: Compiled, for the host.
     """
 
     name: str
@@ -31,10 +33,32 @@ class Rule:
     has_step: bool
     step_: Callable[..., None]
     decoupled: bool = False
+    kernels: Kernels | None = None
+
+    @property
+    def fused(self) -> Kernels | None:
+        """Kernels that step, cast and clip in one pass: of Adam's kind alone."""
+        return self.kernels if self.states == ("exp_avg", "exp_avg_sq") else None
+
+    def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Of Adam's kind, as its functions take them."""
+        beta1, beta2 = group["betas"]
+        return {
+            "lr": float(group["lr"]),
+            "beta1": float(beta1),
+            "beta2": float(beta2),
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": self.decoupled,
+        }
 
 
-def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
+def rule_for(optimizer: torch.optim.Optimizer, kernels: Kernels | None = None) -> Rule:
     """The rule of a user's optimizer, decided by exact type: a subclass may mean something else.
+
+    Args:
+        optimizer: The user's.
+        kernels: Compiled, for the host.
 
     Raises:
         ValueError: A class or an option that cannot be offloaded, with the list of what can.
@@ -62,12 +86,12 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
         if len(set(decoupled)) > 1:
             raise ValueError("`Adam` groups that disagree on `decoupled_weight_decay` cannot be offloaded")
         step = partial(_adam_step, decoupled=decoupled[0])
-        return Rule(kind.__name__, ("exp_avg", "exp_avg_sq"), True, step, decoupled[0])
+        return Rule(kind.__name__, ("exp_avg", "exp_avg_sq"), True, step, decoupled[0], kernels)
     if kind is torch.optim.SGD:
         if any(group["dampening"] != 0 for group in optimizer.param_groups):
             raise ValueError("`SGD(dampening=...)` cannot be offloaded; set it to 0")
         momentum = any(group["momentum"] != 0 for group in optimizer.param_groups)
-        return Rule("SGD", ("momentum_buffer",) if momentum else (), False, _sgd_step)
+        return Rule("SGD", ("momentum_buffer",) if momentum else (), False, _sgd_step, kernels=kernels)
     supported = ", ".join(f"`torch.optim.{cls.__name__}`" for cls in _SUPPORTED)
     raise ValueError(
         f"`{kind.__module__}.{kind.__qualname__}` cannot be offloaded. Supported optimizers: {supported} (the exact "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,7 +17,16 @@ from lightning_offload.methods.arrivals import is_compiled
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
 from lightning_offload.methods.dims import host_step_bytes
-from lightning_offload.methods.homes import CHUNK_NUMEL, UnitHomes, chunks, clip_, settle, skips, weight_dtype
+from lightning_offload.methods.homes import (
+    CHUNK_NUMEL,
+    UnitHomes,
+    chunks,
+    clip_,
+    settle,
+    skips,
+    step_fused,
+    weight_dtype,
+)
 from lightning_offload.methods.part import HostPart, form_gradient
 from lightning_offload.methods.projections import HostPairs, seed_for
 from lightning_offload.methods.refits import Refits, SubspaceHome, sharing_key
@@ -164,6 +174,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     @property
     def scratch_bytes(self) -> int:
         """Host memory in which deltas are made, beside the arenas."""
+        if self._rule.fused is not None:
+            return 0
         return 2 * 4 * max(min(CHUNK_NUMEL, home.wire.numel()) for home in self._home.values())
 
     def free_rings(self) -> None:
@@ -301,12 +313,20 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         return [home.transferred for home in unit.taken if home.transferred is not None]
 
     def _host_step(self, homes: list[SubspaceHome], groups: Groups, verdict: Verdict) -> None:
+        kept = []
         for home in homes:
-            if skips(home, verdict):
+            if skips(home, verdict, self._rule.kernels):
                 home.wire[0] = SKIPPED
             else:
+                kept.append(home)
+        for at, members in groupby(kept, key=lambda home: home.trained.group):
+            group = {**groups[at], "weight_decay": 0.0}
+            if self._rule.fused is not None:
+                step_fused(self._rule, list(members), group, verdict)
+                continue
+            for home in members:
                 clip_([home.gradient], verdict)
-                self._make_delta(home, {**groups[home.trained.group], "weight_decay": 0.0})
+                self._make_delta(home, group)
 
     def _make_delta(self, home: SubspaceHome, group: Mapping[str, Any]) -> None:
         """The rule moves zeros by -lr times its direction: that is the delta."""
@@ -323,7 +343,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
             home.wire[part].copy_(delta)
 
     def _step_bytes(self, home: SubspaceHome) -> int:
-        return host_step_bytes(home.gradient.element_size(), home.wire.element_size())
+        fused = self._rule.fused is not None
+        return host_step_bytes(home.gradient.element_size(), home.wire.element_size(), fused=fused)
 
     # Up.
 

@@ -466,7 +466,8 @@ class ZerothEngine:
         settings = self.method.settings
         if settings.noise == "philox":
             assert settings.seed is not None, "resolve the method first"
-            return PhiloxNoise(settings.seed, settings.eps, settings.distribution, self.dtypes.rounding)
+            rounding, kernels = self.dtypes.rounding, settings.kernels
+            return PhiloxNoise(settings.seed, settings.eps, settings.distribution, rounding, kernels)
         leaves = sorted(self.trained, key=lambda leaf: leaf.place)
         return MezoNoise(leaves, settings.eps, self.lanes.device)
 

@@ -26,7 +26,7 @@ import torch
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.methods.base import DTypes, Rounding
-from lightning_offload.methods.settings import CommonSettings, pins, require
+from lightning_offload.methods.settings import CommonSettings, pins, require, settle_native
 
 Resident = Literal["auto"] | float | Sequence[str]
 
@@ -141,6 +141,8 @@ class ZO2:
             reasons.append(f"pin_memory={pin}: {reason}")
         if settings.host_threads == "auto":  # copies alone: nothing is computed there
             settings = replace(settings, host_threads=1)
+        settings, reason = settle_native(settings)
+        reasons.append(reason)
         if settings.seed is None:
             seed = int(before["seed"]) if before and "seed" in before else torch.initial_seed() % 2**63
             settings = replace(settings, seed=seed)

@@ -74,6 +74,21 @@ class History:
         return (total - decay).exp(), shift * (total - left).exp(), scale
 
 
+def missed_steps(last: Tensor, history: History, eps: float, dtype: torch.dtype) -> list[Tensor]:
+    """What `catch_up_` applies to rows: decay of the weight, shift, eps, decay of both moments; (U,) each.
+
+    Args:
+        last: the step that each row saw last, (U,) int64; one that has missed nothing is left alone by ones and zeros.
+        history: of the parameter group.
+        eps: of AdamW.
+        dtype: of the rows.
+    """
+    beta1, beta2 = history.betas
+    missed = history.step - last.double()
+    decay, shift, scale = history.missed(last)
+    return [column.to(dtype) for column in (decay, shift, eps * scale, beta1**missed, beta2**missed)]
+
+
 def catch_up_(p: Tensor, m: Tensor, v: Tensor, rows: Tensor, *, last: Tensor, history: History, eps: float) -> None:
     """The steps that rows have missed, all with a zero gradient, in place and in one closed form.
 
@@ -90,16 +105,12 @@ def catch_up_(p: Tensor, m: Tensor, v: Tensor, rows: Tensor, *, last: Tensor, hi
         history: of the parameter group.
         eps: of AdamW.
     """
-    beta1, beta2 = history.betas
     rows = rows[last[rows] < history.step]
     for part, (weights, first, second) in _gathered(rows, p, m, v):
-        seen = last[rows[part]]
-        missed = history.step - seen.double()
-        decay, shift, scale = history.missed(seen)
-        divisor = second.sqrt().add_(_column(eps * scale, p)).div_(_column(shift, p))
-        weights.mul_(_column(decay, p)).addcdiv_(first, divisor, value=-1)
-        first.mul_(_column(beta1**missed, p))
-        second.mul_(_column(beta2**missed, p))
+        decay, shift, damping, *moments = (c[:, None] for c in missed_steps(last[rows[part]], history, eps, p.dtype))
+        weights.mul_(decay).addcdiv_(first, second.sqrt().add_(damping).div_(shift), value=-1)
+        first.mul_(moments[0])
+        second.mul_(moments[1])
     last[rows] = history.step
 
 
@@ -198,7 +209,3 @@ def _gathered(rows: Tensor, *tables: Tensor) -> Iterator[tuple[slice, list[Tenso
         yield part, copies
         for table, copy in zip(tables, copies, strict=True):
             table.index_copy_(0, rows[part], copy)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype)[:, None]

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_offload.numerics.native.kernels import Kernels
 from lightning_offload.numerics.noise import Distribution, Draw, noise, random_bits, tiles
 from lightning_offload.numerics.rounding import stochastic
 
@@ -47,7 +48,14 @@ class Copy:
     out: Tensor
 
 
-def perturb(weight: Tensor, draw: Draw, scale: float, out: Tensor, distribution: Distribution) -> None:
+def perturb(
+    weight: Tensor,
+    draw: Draw,
+    scale: float,
+    out: Tensor,
+    distribution: Distribution,
+    kernels: Kernels | None = None,
+) -> None:
     """``out = round(weight + scale z)``; ``weight`` stays.
 
     Args:
@@ -56,11 +64,18 @@ def perturb(weight: Tensor, draw: Draw, scale: float, out: Tensor, distribution:
         scale: sign times eps.
         out: contiguous, of the weight's numel; rounded once, from fp32, to its own dtype.
         distribution: of ``z``.
+        kernels: see `advance_`.
     """
-    advance_(weight, (), draw, (Copy(scale, out),), distribution, "nearest")
+    advance_(weight, (), draw, (Copy(scale, out),), distribution, "nearest", kernels)
 
 
-def update_(weight: Tensor, updates: Sequence[Update], distribution: Distribution, rounding: Rounding) -> None:
+def update_(
+    weight: Tensor,
+    updates: Sequence[Update],
+    distribution: Distribution,
+    rounding: Rounding,
+    kernels: Kernels | None = None,
+) -> None:
     """Applies ``updates`` one after the other, in place; rounded to the weight's dtype after each.
 
     Args:
@@ -69,8 +84,9 @@ def update_(weight: Tensor, updates: Sequence[Update], distribution: Distributio
         distribution: of ``z``.
         rounding: ``"stochastic"`` rounds bf16 and fp16 by the bits that belong to the update's draw and the element:
             how many updates one call applies, and to which weight first, changes nothing.
+        kernels: see `advance_`.
     """
-    advance_(weight, updates, None, (), distribution, rounding)
+    advance_(weight, updates, None, (), distribution, rounding, kernels)
 
 
 def advance_(
@@ -80,6 +96,7 @@ def advance_(
     copies: Sequence[Copy],
     distribution: Distribution,
     rounding: Rounding,
+    kernels: Kernels | None = None,
 ) -> None:
     """`update_`, then `perturb` into each of at most two ``copies``, with one pass over the weight.
 
@@ -93,6 +110,7 @@ def advance_(
         copies: see `perturb`.
         distribution: of every ``z``.
         rounding: of the updates.
+        kernels: do it in one pass, on the CPU; Gaussian noise is then within 1e-6 of torch's.
     """
     for tensor in (weight, *(copy.out for copy in copies)):
         assert tensor.dtype in DTYPES, f"perturbed and updated in float32: {tensor.dtype} would be cut short"
@@ -103,6 +121,9 @@ def advance_(
         from lightning_offload.numerics.noise_kernel import launch
 
         launch(weight, updates, draw, copies, distribution, rounding)
+        return
+    if kernels is not None and type(weight.detach()) is Tensor and weight.device.type == "cpu":
+        kernels.advance_(weight.detach(), updates, draw, copies, distribution, rounding)
         return
     flat, outs = weight.detach().view(-1), [copy.out.detach().view(-1) for copy in copies]
     for first, end in tiles(0, flat.numel()):

@@ -21,9 +21,16 @@ WEIGHTS = {str(at): nn.Parameter(torch.empty(1024, 4096, device="meta")) for at 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("accumulate", ["device", "host"])
+@pytest.mark.parametrize("native", ["off", "on"])
 def test_the_host_moves_what_is_reckoned_with(
-    compute: torch.dtype, accumulate: str, monkeypatch: pytest.MonkeyPatch
+    native: str,
+    compute: torch.dtype,
+    accumulate: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if native == "on":
+        request.getfixturevalue("kernels")
     lanes, told = lanes_of("inline"), dict[int, int]()
     plain = lanes.host
 
@@ -38,21 +45,24 @@ def test_the_host_moves_what_is_reckoned_with(
         lanes,
         steps=1,
         dtypes=DTypes(compute=compute, rounding="stochastic"),
-        method=lsp(accumulate=accumulate, others="frozen", refit_every=float("inf")),
+        method=lsp(accumulate=accumulate, others="frozen", refit_every=float("inf"), native=native),
     )
     wire = compute.itemsize
     gradient = 4 if accumulate == "host" else wire
-    element = gradient + wire + 16 + (12 if wire == 2 else 0)
+    element = gradient + wire + 16 + (12 if wire == 2 and native == "off" else 0)
     assert told == {2 * 9 * 9 * element: 3}
-    assert element == host_step_bytes(gradient, wire)
+    assert element == host_step_bytes(gradient, wire, fused=native == "on")
 
 
-@pytest.mark.parametrize(("compute", "element"), [(torch.float32, 24), (torch.bfloat16, 32)])
+@pytest.mark.parametrize(
+    ("compute", "element", "fused"),
+    [(torch.float32, 24, False), (torch.bfloat16, 32, False), (torch.bfloat16, 20, True)],
+)
 @pytest.mark.parametrize("slower", ["the link", "the host"])
-def test_the_largest_that_hides(compute: torch.dtype, element: int, slower: str) -> None:
+def test_the_largest_that_hides(compute: torch.dtype, element: int, fused: bool, slower: str) -> None:
     machine = gpu(host_gb_per_s=1 if slower == "the host" else 1e6, h2d_gb_per_s=0.1 if slower == "the link" else 1e6)
     assert machine.rates is not None
-    fraction, reason = largest_hidden_dim(WEIGHTS, machine, DTypes(compute=compute), 8192)
+    fraction, reason = largest_hidden_dim(WEIGHTS, machine, DTypes(compute=compute), 8192, fused=fused)
     assert slower in reason
     assert STEP < fraction < MOST
     tflops = machine.rates.bf16_tflops if compute == torch.bfloat16 else machine.rates.fp32_tflops
@@ -70,4 +80,4 @@ def test_the_largest_that_hides(compute: torch.dtype, element: int, slower: str)
 
 def test_where_device_and_host_are_one_memory_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rates, "cached", lambda *_: pytest.fail("measured"))
-    assert largest_hidden_dim(WEIGHTS, replace(cpu(), rates=None), DTypes(), 256)[0] == MOST
+    assert largest_hidden_dim(WEIGHTS, replace(cpu(), rates=None), DTypes(), 256, fused=False)[0] == MOST

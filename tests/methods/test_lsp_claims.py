@@ -126,7 +126,7 @@ def test_fewer_columns_than_nonzeros_is_said(changes: dict[str, object], message
 
 
 def test_an_auto_dim_of_fewer_columns_than_nonzeros_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_offload.methods.lsp.largest_hidden_dim", lambda *_: (1 / 32, "measured"))
+    monkeypatch.setattr("lightning_offload.methods.lsp.largest_hidden_dim", lambda *_, **__: (1 / 32, "measured"))
     net, method = Net(), LSP(settings_of(dim="auto", nnz=8))
     units = partition(net, None)
     method.resolve(net, units, cpu(), DTypes(), accumulates=False)
