@@ -201,9 +201,9 @@ def _meft(network: Any, rate: float, **settings: Any) -> Fit:
     return Plain(AdamW(added, lr=rate, weight_decay=0.0, fused=True), added)
 
 
-def _meft_arm(width: int) -> QualityArm:
-    note = f"width {width}, its defaults, resident; with placement='host' only routers are on the device"
-    return QualityArm(make=_meft, settings={"width": width}, rate=1.5e-3, note=note)
+def _meft_arm(width: int, rows: str = "its defaults", **settings: Any) -> QualityArm:
+    note = f"width {width}, {rows}, resident; with placement='host' only routers are on the device"
+    return QualityArm(make=_meft, settings={"width": width, **settings}, rate=1.5e-3, note=note)
 
 
 def _dense_arm(width: int) -> QualityArm:
@@ -249,6 +249,7 @@ QUALITY_ARMS: Mapping[str, QualityArm] = {
     "galore_total": _galore_arm(49, BOTH),
     "meft_512": _meft_arm(512),
     "meft_1024": _meft_arm(1024),
+    "meft_quarter": _meft_arm(1024, "a quarter of the rows for each token", active_experts=32, top_k=256),
     "lora_meft_512": _lora_arm(56, "trained parameters as meft_512", rate=6e-3),
     "lora_meft_1024": _lora_arm(112, "trained parameters as meft_1024", rate=3e-3),
     "dense_512": _dense_arm(512),
