@@ -17,6 +17,7 @@ from lightning_offload.memory.arena import HostMemory
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import InlineLanes
 from lightning_offload.methods.base import DTypes, Flight, Trained, Verdict
+from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.method import Site
@@ -24,6 +25,7 @@ from lightning_offload.methods.row_source import PUBLISHED_UNION
 from lightning_offload.methods.row_tables import RowSteps, RowTable
 from lightning_offload.methods.rules import frozen_groups, rule_for
 from lightning_offload.methods.subspace import SubspaceOptimizer
+from lightning_offload.numerics.native import Kernels
 
 _SWEEP = "in-place sweep of memory"
 _NATIVE = "torch AdamW(fused=True), fp32"
@@ -49,8 +51,11 @@ def host_phase(numel: int, rounds: int) -> Table:
     total = sum(shape.numel() for shape in shapes)
     made = {_SWEEP: _sweep(shapes), _NATIVE: _torch_fused(shapes), "torch: up-cast, fused, down-cast": _cast(shapes)}
     arms = {name: Phase(run, BYTES_FUSED * total) for name, run in made.items()}
+    compiled = FullSettings().kernels
     for phases in PHASES:
-        arms |= phases(shapes)
+        arms |= phases(shapes, None)
+        if compiled is not None:
+            arms |= {f"{name}, compiled": phase for name, phase in phases(shapes, compiled).items()}
     samples, _ = round_robin({name: timed(arm.run) for name, arm in arms.items()}, rounds)
     return Table(
         "host",
@@ -116,20 +121,20 @@ def _cast(shapes: Shapes) -> Callable[[], Any]:
     return step
 
 
-def _full(shapes: Shapes) -> dict[str, Phase]:
+def _full(shapes: Shapes, kernels: Kernels | None) -> dict[str, Phase]:
     total = BYTES_FUSED * sum(shape.numel() for shape in shapes)
     return {
-        "full, 32-true": Phase(_full_step(shapes, torch.float32), total),
-        "full, bf16-true": Phase(_full_step(shapes, torch.bfloat16), total),
+        "full, 32-true": Phase(_full_step(shapes, torch.float32, kernels), total),
+        "full, bf16-true": Phase(_full_step(shapes, torch.bfloat16, kernels), total),
     }
 
 
-def _full_step(shapes: Shapes, dtype: torch.dtype) -> Callable[[], Any]:
+def _full_step(shapes: Shapes, dtype: torch.dtype, kernels: Kernels | None) -> Callable[[], Any]:
     """The host functions alone, unit by unit, without the copies."""
     trained, optimizer = _trained(shapes)
     host = HostOptimizer(
         trained,
-        rule_for(optimizer),
+        rule_for(optimizer, kernels),
         InlineLanes(HostMemory(pin=False)),
         DTypes(compute=dtype),
         accumulate_on_host=False,
@@ -138,32 +143,34 @@ def _full_step(shapes: Shapes, dtype: torch.dtype) -> Callable[[], Any]:
     return lambda: host.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
 
 
-def _lsp(shapes: Shapes) -> dict[str, Phase]:
+def _lsp(shapes: Shapes, kernels: Kernels | None) -> dict[str, Phase]:
     settings = LSPSettings(seed=0, min_numel=0)
     squares = sum(settings.dim_of(*shape) ** 2 for shape in shapes)
     dtypes = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
     return {
         f"lsp, d={settings.dim:g} m, {name}": Phase(
-            _lsp_step(shapes, dtype, settings), (BYTES_SUBSPACE + 2 * dtype.itemsize) * squares
+            _lsp_step(shapes, dtype, settings, kernels), (BYTES_SUBSPACE + 2 * dtype.itemsize) * squares
         )
         for name, dtype in dtypes.items()
     }
 
 
-def _lsp_step(shapes: Shapes, dtype: torch.dtype, settings: LSPSettings) -> Callable[[], Any]:
+def _lsp_step(shapes: Shapes, dtype: torch.dtype, settings: LSPSettings, kernels: Kernels | None) -> Callable[[], Any]:
     trained, optimizer = _trained(shapes)
-    site = Site(rule_for(optimizer), InlineLanes(HostMemory(pin=False)), DTypes(compute=dtype), False, False)
+    rule = rule_for(optimizer, kernels)
+    site = Site(rule, InlineLanes(HostMemory(pin=False)), DTypes(compute=dtype), False, False)
     part = SubspaceOptimizer(trained, site, settings)
     return lambda: part.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
 
 
-def _meft(shapes: Shapes) -> dict[str, Phase]:
+def _meft(shapes: Shapes, kernels: Kernels | None) -> dict[str, Phase]:
     """Rows of tables of these shapes, of which a published share is in use: other ones in every round."""
     used = [round(PUBLISHED_UNION * rows) for rows, _ in shapes]
     moved = sum(count * width for count, (_, width) in zip(used, shapes, strict=True))
-    dense, step_all = _tables(shapes, "dense", used)
-    _, step_some = _tables(shapes, "deferred", used)
-    step_bytes, wire = dense[0].step_bytes, dense[0].shadow.element_size()
+    dense, step_all = _tables(shapes, "dense", used, kernels)
+    _, step_some = _tables(shapes, "deferred", used, kernels)
+    wire = dense[0].shadow.element_size()
+    step_bytes = 8 + 24 + wire  # no casts: the bound is of one pass
     up = {t.name: torch.randn(count, t.master.shape[1]).bfloat16() for t, count in zip(dense, used, strict=True)}
     total, share = sum(shape.numel() for shape in shapes), f"{100 * PUBLISHED_UNION:.0f} % of rows"
 
@@ -183,17 +190,26 @@ def _meft(shapes: Shapes) -> dict[str, Phase]:
     }
 
 
-def _tables(shapes: Shapes, steps: RowSteps, used: list[int]) -> tuple[list[RowTable], Callable[[], None]]:
+def _tables(
+    shapes: Shapes, steps: RowSteps, used: list[int], kernels: Kernels | None
+) -> tuple[list[RowTable], Callable[[], None]]:
     """Tables, and what steps them."""
     trained, optimizer = _trained(shapes)
-    rule, (group,) = rule_for(optimizer), frozen_groups(optimizer)
+    rule, (group,) = rule_for(optimizer, kernels), frozen_groups(optimizer)
 
     def table(one: Trained) -> RowTable:
         master = one.parameter.data
         states = {name: torch.zeros_like(master) for name in rule.states}
         sums, shadow = torch.zeros_like(master), master.bfloat16()
         return RowTable(
-            name=one.name, trained=one, master=master, states=states, total=sums, shadow=shadow, steps=steps
+            name=one.name,
+            trained=one,
+            master=master,
+            states=states,
+            total=sums,
+            shadow=shadow,
+            steps=steps,
+            kernels=kernels,
         )
 
     def step() -> None:
@@ -222,5 +238,5 @@ def _trained(shapes: Shapes) -> tuple[list[Trained], torch.optim.Optimizer]:
     return trained, torch.optim.AdamW(module.parameters(), fused=True)
 
 
-PHASES: tuple[Callable[[Shapes], dict[str, Phase]], ...] = (_full, _lsp, _meft)
-"""One entry per method that works on the host: its phases by name, for weights of these shapes."""
+PHASES: tuple[Callable[[Shapes, Kernels | None], dict[str, Phase]], ...] = (_full, _lsp, _meft)
+"""One entry per method that works on the host: its phases by name, for weights of these shapes, with kernels."""
