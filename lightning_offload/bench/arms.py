@@ -181,6 +181,12 @@ IN_MEMORY = (
         optimizer=_sgd,
     ),
     Arm(
+        name="zo2, everything on the device, native='off'",
+        strategy=partial(ZO2OffloadStrategy, resident=_EVERYTHING_GIB, native="off"),
+        optimizer=_sgd,
+        note="noise by torch's operations",
+    ),
+    Arm(
         name="MeZO: everything on the device, noise='mezo'",
         strategy=partial(ZO2OffloadStrategy, resident=_EVERYTHING_GIB, noise="mezo"),
         optimizer=_sgd,
