@@ -261,7 +261,7 @@ def test_a_run_by_meft_leaves_an_adapter(
     assert "holds a run already" in refused("train", *given, *settings)
     other = ("trainer.strategy.top_k=6", "ckpt_path=last")
     assert re.search(r"top_k=6, but '.*' has adapters with top_k=5; pass", refused("train", *given, *settings, *other))
-    assert "is no ReLU network of two linear layers" in refused("export", "ckpt_path=runs/mine", "merge=true", "output=b")
+    assert "is no ReLU network" in refused("export", "ckpt_path=runs/mine", "merge=true", "output=b")
 
 
 def test_adapters_are_merged_where_that_is_exact(run, refused, given, inputs: Path, capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from typing import Any
 
@@ -174,12 +175,14 @@ def _meft(shapes: Shapes, kernels: Kernels | None) -> dict[str, Phase]:
     up = {t.name: torch.randn(count, t.master.shape[1]).bfloat16() for t, count in zip(dense, used, strict=True)}
     total, share = sum(shape.numel() for shape in shapes), f"{100 * PUBLISHED_UNION:.0f} % of rows"
 
+    draws = _draws(dense, used)
+
     def gather() -> None:
-        for table, rows in _drawn(dense, used):
+        for table, rows in next(draws):
             table.gather(rows, up[table.name])
 
     def accumulate() -> None:
-        for table, rows in _drawn(dense, used):
+        for table, rows in next(draws):
             table.add(rows, up[table.name])
 
     return {
@@ -213,18 +216,23 @@ def _tables(
         )
 
     def step() -> None:
-        for table, rows in _drawn(tables, used):
+        for table, rows in next(draws):
             table.touched[rows] = True
             table.make_step(rule, group, Verdict(None, False, 1))
 
     tables = [table(one) for one in trained]
+    draws = _draws(tables, used)
     return tables, step
 
 
-def _drawn(tables: list[RowTable], used: list[int]) -> Iterator[tuple[RowTable, Tensor]]:
-    """Random rows of each table, in order."""
-    for table, count in zip(tables, used, strict=True):
-        yield table, torch.randperm(len(table.master))[:count].sort().values
+def _draws(tables: list[RowTable], used: list[int]) -> Iterator[list[tuple[RowTable, Tensor]]]:
+    """Random rows of each table, in order; drawn ahead, a few times."""
+
+    def drawn() -> list[tuple[RowTable, Tensor]]:
+        places = (torch.randperm(len(table.master))[:count] for table, count in zip(tables, used, strict=True))
+        return [(table, rows.sort().values) for table, rows in zip(tables, places, strict=True)]
+
+    return cycle([drawn() for _ in range(4)])
 
 
 def _trained(shapes: Shapes) -> tuple[list[Trained], torch.optim.Optimizer]:

@@ -207,11 +207,16 @@ def skips(home: Home, verdict: Verdict, kernels: Kernels | None) -> bool:
     return not math.isfinite(norm)
 
 
-def clip_(grads: list[Tensor], verdict: Verdict) -> None:
-    """Clip in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped."""
+def clip_(grads: list[Tensor], verdict: Verdict) -> float:
+    """Clips in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped.
+
+    Returns:
+        1: what is left to multiply by.
+    """
     if (coefficient := verdict.coefficient) is not None:
         torch._foreach_mul_(grads, coefficient)
     clamp_(grads, verdict)
+    return 1.0
 
 
 def clamp_(grads: list[Tensor], verdict: Verdict) -> float:

@@ -18,7 +18,7 @@ from lightning_offload.numerics.row_adam import History, catch_up_, deferred_, l
 from lightning_offload.numerics.zeroth import Copy, Rounding, Update, advance_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 7, 8, 15, 16, 17, 1023, 1024, 1025, 5003, 70_001]
+SIZES = [1, 7, 8, 15, 16, 17, 511, 512, 513, 5003, 70_001]
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
 
@@ -245,7 +245,7 @@ def test_noise_updates_and_copies_have_the_bits_of_torch(
     distribution: Distribution,
     rounding: Rounding,
 ) -> None:
-    for numel in (1, 1025, 4099, 140_000):
+    for numel in (1, 513, 4099, 140_000):
         weight = torch.randn(numel).to(dtype)
         pairs = [[weight, torch.empty(numel, dtype=out_dtype), torch.empty(numel, dtype=out_dtype)]]
         pairs.append([tensor.clone() for tensor in pairs[0]])

@@ -68,7 +68,7 @@ INLINE int64_t size_of(int32_t type) { return type == FLOAT ? 4 : 2; }
 INLINE void *at(void *p, int32_t type, int64_t i) { return static_cast<char *>(p) + i * size_of(type); }
 INLINE const void *at(const void *p, int32_t type, int64_t i) { return static_cast<const char *>(p) + i * size_of(type); }
 
-constexpr int64_t BLOCK = 1024; // elements that stay in the first cache, of a few arrays
+constexpr int64_t BLOCK = 512;  // elements that stay in the first cache, of a few arrays
 constexpr int64_t LINE = 16;    // elements that one thread has together: a cache line of fp32
 
 template <class T> void widen_all(const uint16_t *in, float *__restrict out, int64_t n) {
