@@ -16,6 +16,7 @@ from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.steplog import Entry, Header, hash_weights, load_log
 from lightning_offload.methods.streaming import Leaf
+from lightning_offload.numerics.native import settle
 from lightning_offload.numerics.noise import Distribution
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -119,6 +120,13 @@ def _noise(header: Header, trained: Sequence[Leaf], device: torch.device | None)
         return MezoNoise(trained, header.eps, device or torch.device("cpu"))
     distribution, rounding = cast(Distribution, header.distribution), cast(Rounding, header.rounding)
     kernels = CommonSettings().kernels
+    if distribution == "gaussian" and header.compiled != (kernels is not None):
+        if header.compiled:
+            raise CheckpointError(
+                "The log was written with compiled kernels, whose `gaussian` noise has bits of its own, and they are "
+                f"not to be had here: {settle('auto')[1]}"
+            )
+        kernels = None
     return PhiloxNoise(0, header.eps, distribution, rounding, kernels)  # every entry has the seed
 
 

@@ -169,11 +169,11 @@ def train(
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) if schedule else None
     run = Run([], {}, engine=engine, optimizer=optimizer, module=module)
     torch.manual_seed(7)
-    data = torch.Generator().manual_seed(11)
+    data = torch.Generator("cpu").manual_seed(11)
     with lanes.checking() if isinstance(lanes, CheckedLanes) else nullcontext():
         for step in range(steps):
             for micro in range(micro_batches):
-                tokens = torch.randint(0, VOCAB, (2, 6), generator=data)
+                tokens = torch.randint(0, VOCAB, (2, 6), generator=data, device="cpu")
                 with engine.micro_batch() if engine is not None else nullcontext():
                     loss = module.loss(tokens) / micro_batches
                 if engine is not None:

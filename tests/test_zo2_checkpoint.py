@@ -14,6 +14,7 @@ from torch import nn
 from lightning_offload import replay, resuming, zeroth_behaviour
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.methods.steplog import hash_weights, pack_header, read_log
+from lightning_offload.numerics.native import NotBuiltError
 from lightning_offload.numerics.noise import Draw, noise
 from tests.helpers import every, pairwise, row_id
 from tests.lit import lsp
@@ -274,6 +275,27 @@ def test_the_base_may_be_rounded_already_as_the_run_rounded_it(tmp_path: Path) -
     assert same_weights(module.net, replay(ZLit().net.bfloat16(), tmp_path / "a.log"))
     with pytest.raises(CheckpointError, match="other weights"):
         replay(ZLit().net.half(), tmp_path / "a.log")  # what fp16 has lost, bf16 cannot bring back
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("native", ["on", "off"])
+def test_gaussian_noise_is_replayed_as_it_was_drawn(
+    tmp_path: Path, native: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled or not, whatever `native="auto"` is here; where no kernels are, that of kernels cannot be drawn."""
+    module, log = ZLit(), tmp_path / "a.log"
+    zfit(module, zo2(log_file=log, distribution="gaussian", native=native))
+    assert same_weights(module.net, replay(ZLit().net, log))
+
+    def missing() -> Any:
+        raise NotBuiltError("there is no C++ compiler")
+
+    monkeypatch.setattr("lightning_offload.numerics.native.load", missing)
+    if native == "off":
+        assert same_weights(module.net, replay(ZLit().net, log))
+    else:
+        with pytest.raises(CheckpointError, match=r"written with compiled kernels.*there is no C\+\+ compiler"):
+            replay(ZLit().net, log)
 
 
 def test_replay_across_a_resume(tmp_path: Path) -> None:

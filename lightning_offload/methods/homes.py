@@ -147,10 +147,10 @@ def host_step(rule: Rule, homes: Sequence[WeightHome], groups: Groups, verdict: 
 def step_fused(rule: Rule, homes: Sequence[Home], group: Mapping[str, Any], verdict: Verdict) -> None:
     """Clipped, cast, stepped and rounded in one pass over all tensors of a kind; homes without a master: to a delta."""
     assert rule.fused is not None
-    kinds: dict[tuple[torch.dtype, bool], list[Home]] = {}
+    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[Home]] = {}
     for home in homes:
-        kinds.setdefault((home.gradient.dtype, home.shows), []).append(home)
-    for (_, shows), some in kinds.items():
+        kinds.setdefault((home.gradient.dtype, home.wire.dtype, home.shows), []).append(home)
+    for (*_, shows), some in kinds.items():
         grads = [home.gradient for home in some]
         rule.fused.adam_(
             [home.master for home in some if isinstance(home, WeightHome)],
@@ -207,16 +207,11 @@ def skips(home: Home, verdict: Verdict, kernels: Kernels | None) -> bool:
     return not math.isfinite(norm)
 
 
-def clip_(grads: list[Tensor], verdict: Verdict) -> float:
-    """Clips in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped.
-
-    Returns:
-        1: what is left to multiply by.
-    """
+def clip_(grads: list[Tensor], verdict: Verdict) -> None:
+    """Clips in place on the host as torch does on the device: ``g * coefficient``, rounded; or clamped."""
     if (coefficient := verdict.coefficient) is not None:
         torch._foreach_mul_(grads, coefficient)
     clamp_(grads, verdict)
-    return 1.0
 
 
 def clamp_(grads: list[Tensor], verdict: Verdict) -> float:

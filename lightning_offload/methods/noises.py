@@ -58,6 +58,11 @@ class PhiloxNoise:
         self._seed, self._eps, self._distribution, self._rounding = seed, eps, distribution, rounding
         self._kernels = kernels
 
+    @property
+    def compiled(self) -> bool:
+        """Whether z of weights in host memory comes from compiled kernels."""
+        return self._kernels is not None
+
     def seed(self) -> int:
         """See ``Noise.seed``: that of the run; the step is part of the counter's key."""
         return self._seed

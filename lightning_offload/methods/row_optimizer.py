@@ -153,7 +153,7 @@ class RowOptimizer(Sender):
     def load_pending_of(self, trained: Trained, gradient: Tensor) -> None:
         """See ``Sender.load_pending_of``."""
         table = self._table[trained.name]
-        table.add(torch.arange(len(gradient)), gradient.to("cpu", torch.float32))
+        table.add(torch.arange(len(gradient), device="cpu"), gradient.to("cpu", torch.float32))
         self._added[trained.name] = self._nothing_after(self._lanes.compute())
 
     def host_norms(self) -> list[tuple[Trained, Tensor, list[Event]]]:

@@ -62,7 +62,7 @@ class AdapterRows:
     flight: Flight
     keys_up: Tensor | None = None
     values_up: Tensor | None = None
-    flags: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    flags: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool, device="cpu"))
     chosen: Event | None = None
     stepped: Event | None = None
     refreshed: Event | None = None

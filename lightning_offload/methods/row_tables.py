@@ -52,10 +52,7 @@ class Rows:
 
     def gather(self, rows: Tensor, out: Tensor) -> None:
         """Copy rows as the device is to see them to ``out``, (U, d)."""
-        if self.kernels is not None:
-            self.kernels.gather(self.shadow, rows, out)
-        else:
-            torch.index_select(self.shadow, 0, rows, out=out)
+        torch.index_select(self.shadow, 0, rows, out=out)
 
     def catch_up(self, rows: Tensor | None = None) -> None:
         """These rows, or all, have seen every step."""
@@ -133,7 +130,7 @@ class RowTable(Rows):
         """See ``Rows.catch_up``."""
         if self.history is None:
             return
-        asked = torch.arange(len(self.master)) if rows is None else rows
+        asked = torch.arange(len(self.master), device="cpu") if rows is None else rows
         behind = asked[self.last[asked] < self.history.step]
         if len(behind) and self._fused is not None:
             missed = missed_steps(self.last[behind], self.history, self.eps, torch.float32)
@@ -149,8 +146,11 @@ class RowTable(Rows):
         """The optimizer step, or none where the verdict says so; sums are zero afterwards."""
         rows = self.touched.nonzero().flatten()
         if not verdict.skip:
-            clip = clip_ if self._fused is None else clamp_
-            coefficient = clip([self.total], verdict)
+            coefficient = 1.0
+            if self._fused is None:
+                clip_([self.total], verdict)
+            else:
+                coefficient = clamp_([self.total], verdict)
             most = (MOSTLY if self._fused is None else MOSTLY_FUSED) * len(self.master)
             if self.steps == "lazy":
                 self._step_lazily(rule, rows, group, coefficient)
@@ -222,7 +222,7 @@ class RowTable(Rows):
             self.catch_up()  # steps that were missed had the old ones
         if self.history is None:
             done = int(self.step)
-            self.history = History(_betas(group), done, torch.zeros(3, done + 1, dtype=torch.float64))
+            self.history = History(_betas(group), done, torch.zeros(3, done + 1, dtype=torch.float64, device="cpu"))
             self.last.fill_(done)
         self.eps = group["eps"]
         self.step += 1

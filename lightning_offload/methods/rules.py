@@ -42,15 +42,7 @@ class Rule:
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Of Adam's kind, as its functions take them."""
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "decoupled": self.decoupled,
-        }
+        return _hyper(group, self.decoupled)
 
 
 def rule_for(optimizer: torch.optim.Optimizer, kernels: Kernels | None = None) -> Rule:
@@ -112,21 +104,20 @@ def _adam_step(
     decoupled: bool,
     found_inf: Tensor | None = None,
 ) -> None:
+    exp_avgs, exp_avg_sqs = states["exp_avg"], states["exp_avg_sq"]
+    adam_(params, grads, exp_avgs, exp_avg_sqs, steps, found_inf=found_inf, **_hyper(group, decoupled))
+
+
+def _hyper(group: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
     beta1, beta2 = group["betas"]
-    adam_(
-        params,
-        grads,
-        states["exp_avg"],
-        states["exp_avg_sq"],
-        steps,
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        decoupled=decoupled,
-        found_inf=found_inf,
-    )
+    return {
+        "lr": float(group["lr"]),
+        "beta1": float(beta1),
+        "beta2": float(beta2),
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "decoupled": decoupled,
+    }
 
 
 def _sgd_step(

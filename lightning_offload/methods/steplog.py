@@ -62,6 +62,7 @@ class Header:
         stored: dtype of each parameter, by name, in the order of the module's parameters.
         shapes: Of the same.
         device: Kind of device on which z has these bits; None: on any.
+        compiled: Whether z has the bits of compiled kernels, which only Gaussian noise of a CPU has of its own.
     """
 
     base: str
@@ -74,6 +75,7 @@ class Header:
     stored: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     device: str | None = None
+    compiled: bool = False
 
 
 def hash_weights(tensors: Iterable[Tensor]) -> str:

@@ -206,7 +206,7 @@ class Tally(Judge):
     def _record_own(self, verdict: Verdict, small: Sequence[str]) -> None:
         norms = verdict.own_norms | dict(zip(small, self._landed[: len(small)].tolist(), strict=True))
         bad = [name for name in verdict.names if not math.isfinite(norms[name])]
-        total = total_norm([torch.tensor(norms[name], dtype=torch.float32) for name in verdict.names])
+        total = total_norm([torch.tensor(norms[name], dtype=torch.float32, device="cpu") for name in verdict.names])
         self._keep(verdict, float(total), 1.0, skipped=bool(bad))
         if self.report.skipped_in_a_row > self._max_skips:
             raise NonFiniteError(_explain_skips(self.report, bad, "It was not changed in this step."))

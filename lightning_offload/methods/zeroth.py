@@ -380,6 +380,10 @@ class ZerothEngine:
             stored={name: str(leaf.rest.dtype) for name, leaf in names.items()},
             shapes={name: tuple(leaf.parameter.shape) for name, leaf in names.items()},
             device=None if everywhere else self.lanes.device.type,
+            compiled=not everywhere
+            and self.lanes.device.type == "cpu"
+            and isinstance(self.noise, PhiloxNoise)
+            and self.noise.compiled,
         )
 
     @property
@@ -551,7 +555,7 @@ def _means(sums: Sequence[tuple[int, list[float]]]) -> tuple[list[float], list[f
 
 def _slopes(plus: Sequence[float], minus: Sequence[float], eps: float) -> list[float]:
     """``(l+ - l-) / (2 eps)`` in fp32, as MeZO has it."""
-    above, below = (torch.tensor(losses, dtype=torch.float32) for losses in (plus, minus))
+    above, below = (torch.tensor(losses, dtype=torch.float32, device="cpu") for losses in (plus, minus))
     slopes: list[float] = ((above - below) / (2 * eps)).tolist()
     return slopes
 

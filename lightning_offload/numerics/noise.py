@@ -164,7 +164,7 @@ def _words(draw: Draw, first: int, end: int, lanes: str, device: torch.device) -
     low = torch.arange(call & _LOW, (call & _LOW) + calls, device=device)
     direction = draw.direction + (ROUNDING_DOMAIN if lanes == "bits" else 0)
     words = philox(low, call >> 32, draw.parameter, direction, *draw.key)
-    return tuple(torch.as_tensor(word) for word in words), first % span
+    return tuple(torch.as_tensor(word, device=device) for word in words), first % span
 
 
 def _popcount(draw: Draw, first: int, end: int, device: torch.device) -> Tensor:

@@ -39,7 +39,7 @@ class History:
 
     betas: tuple[float, float]
     step: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3, 1, dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, 1, dtype=torch.float64, device="cpu"))
 
     def __post_init__(self) -> None:
         beta1, beta2 = self.betas
@@ -59,7 +59,7 @@ class History:
             self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)], dim=1)
         beta1, beta2 = self.betas
         start = max(0, self.step - self.window)
-        missed = torch.arange(self.step - start, 0, -1, dtype=torch.float64)
+        missed = torch.arange(self.step - start, 0, -1, dtype=torch.float64, device="cpu")
         rate, root = lr / (1 - beta1**self.step), math.sqrt(1 - beta2**self.step)
         shift, damping, _ = self.sums[:, start : self.step]
         shift.mul_(1 - lr * weight_decay).add_((beta1 / math.sqrt(beta2)) ** missed, alpha=rate * root)
@@ -152,7 +152,7 @@ def deferred_(
             [grads[part].contiguous()],
             [first],
             [second],
-            [torch.tensor(float(history.step))],
+            [torch.tensor(float(history.step), device="cpu")],
             lr=lr,
             beta1=beta1,
             beta2=beta2,

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_offload.numerics.native.kernels import Kernels
 from lightning_offload.numerics.noise import Distribution, Draw, noise, random_bits, tiles
 from lightning_offload.numerics.rounding import stochastic
+
+if TYPE_CHECKING:
+    from lightning_offload.numerics.native.kernels import Kernels
 
 Rounding = Literal["nearest", "stochastic"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -70,8 +70,54 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = said({"LIGHTNING_OFFLOAD_CACHE": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)})
-    assert re.fullmatch(r"on: kernels compiled for this process alone, as '.*' cannot be written in [\d.]+ s", found)
+    assert re.fullmatch(r"on: kernels compiled for this process alone, as '.*' cannot be written, in [\d.]+ s", found)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@needs_compiler
+def test_nowhere_to_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LIGHTNING_OFFLOAD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert "compiled for this process alone, as there is no home folder, in" in build.library()[1]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(native.NotBuiltError, match="nowhere to compile: "):
+        build.library()
+
+
+@needs_compiler
+def test_what_others_keep_there_is_passed_by(tmp_path: Path) -> None:
+    where = {"LIGHTNING_OFFLOAD_CACHE": str(tmp_path)}
+    said(where)
+    (kept,) = tmp_path.iterdir()
+    kept.unlink()
+    (tmp_path / f"{kept.name[:-4]}.so").mkdir()  # cannot be read
+    assert "compiled in" in said(where)
+
+
+@needs_compiler
+def test_without_openmp_they_run_on_one_thread_and_say_so(tmp_path: Path) -> None:
+    compiler = script(
+        tmp_path / "c++",
+        f'case "$*" in *-fopenmp*) echo "error: no OpenMP" >&2; exit 1;; esac; exec {build._compiler()[0]} "$@"',
+    )
+    where = {"LIGHTNING_OFFLOAD_CACHE": str(tmp_path / "cache"), "CXX": compiler}
+    assert re.fullmatch(r"on: kernels compiled in [\d.]+ s, on one thread: the compiler has no OpenMP", said(where))
+    assert said(where) == "on: compiled kernels, from the cache, on one thread: the compiler has no OpenMP"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "default",
+    ["set_default_dtype(torch.float64)", "set_default_dtype(torch.bfloat16)", "set_default_device('meta')"],
+)
+def test_the_defaults_of_the_process_are_its_own(default: str) -> None:
+    assert said({}, f"import torch; torch.{default}\n{SETTLE.format('on')}").startswith("on: ")
 
 
 @needs_compiler
@@ -105,6 +151,49 @@ def test_a_compiler_that_writes_nonsense(tmp_path: Path) -> None:
     compiler = script(tmp_path / "c++", 'while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"')
     found = said({"LIGHTNING_OFFLOAD_CACHE": str(tmp_path / "cache"), "CXX": compiler})
     assert found.startswith("off: what was compiled cannot be loaded: ")
+
+
+@needs_compiler
+def test_a_library_of_something_else(tmp_path: Path) -> None:
+    real = build._compiler()[0]
+    compiler = script(
+        tmp_path / "c++",
+        f'while [ "$1" != -o ]; do shift; done; echo "int x;" | exec {real} -shared -x c++ - -o "$2"',
+    )
+    found = said({"LIGHTNING_OFFLOAD_CACHE": str(tmp_path / "cache"), "CXX": compiler})
+    assert re.match(r"off: AttributeError: .*undefined symbol: offload_square_sum; torch's own operations", found)
+
+
+@pytest.mark.parametrize("variable", ["CXX", "LIGHTNING_OFFLOAD_CXXFLAGS"])
+def test_words_that_have_no_end(tmp_path: Path, variable: str) -> None:
+    found = said({"LIGHTNING_OFFLOAD_CACHE": str(tmp_path), variable: "c++ 'x"})
+    assert found.startswith(f"off: ${variable} cannot be read: No closing quotation")
+
+
+FIT = """
+import logging, warnings
+import torch
+from lightning.pytorch import Trainer
+from tests.plain import Lit, loader
+from lightning_offload import FullOffloadStrategy
+torch.manual_seed(0)
+warnings.simplefilter("ignore")
+logging.basicConfig()
+for epochs in (1, 2):
+    module = Lit()
+    Trainer(strategy=FullOffloadStrategy(min_numel=0), accelerator="cpu", max_epochs=epochs, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False).fit(module, loader())
+    print("trained", module.trainer.global_step)
+"""
+
+
+def test_training_goes_on_without_and_says_so_once_a_fit(tmp_path: Path) -> None:
+    compiler = script(tmp_path / "c++", f"echo x >> {tmp_path}/calls; echo 'kernels.cpp:1:1: error: no' >&2; exit 1")
+    where = {"LIGHTNING_OFFLOAD_CACHE": str(tmp_path / "cache"), "CXX": compiler}
+    out, error = process(where, FIT).communicate(timeout=300)
+    assert len(re.findall(r"trained [1-9]", out)) == 2, error
+    assert len(re.findall("cannot compile the kernels: kernels.cpp:1:1: error: no; torch's own", error)) == 2
+    assert len((tmp_path / "calls").read_text().split()) == len(build.VARIANTS)  # asked once in a process
 
 
 def test_a_compiler_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,9 @@ def load() -> tuple[Kernels, str]:
             difference = first_difference(kernels)
         if difference is not None:
             raise NotBuiltError(f"what was compiled does not compute what torch does ({difference})")
-    except NotBuiltError as error:
-        _FAILED["reason"] = str(error)
-        raise
+    except Exception as error:  # whatever it is, training goes on without them
+        _FAILED["reason"] = str(error) if isinstance(error, NotBuiltError) else f"{type(error).__name__}: {error}"
+        raise NotBuiltError(_FAILED["reason"]) from error
     return kernels, origin
 
 

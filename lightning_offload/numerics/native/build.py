@@ -42,44 +42,72 @@ def library() -> tuple[ctypes.CDLL, str]:
     Raises:
         NotBuiltError: No compiler, or none that can compile it.
     """
-    extra = shlex.split(os.environ.get("LIGHTNING_OFFLOAD_CXXFLAGS", ""))
+    extra = _words("LIGHTNING_OFFLOAD_CXXFLAGS")
     name, cache = f"kernels-{_key(extra)}", _cache_folder()
-    kept = next((path for path in cache.glob(f"{name}-*.so") if path.stem == f"{name}-{_digest(path)}"), None)
+    kept = None if cache is None else _kept(cache, name)
+    if kept is not None:
+        return _loaded(kept), f"compiled kernels, from the cache{_THREADS[kept.stem.split('-')[2]]}"
     start = time.perf_counter()
+    workplace, alone = _workplace(cache)
     try:
-        if kept is not None:
-            return ctypes.CDLL(str(kept)), "compiled kernels, from the cache"
-        cache.mkdir(parents=True, exist_ok=True)
-        workplace = tempfile.mkdtemp(prefix="build-", dir=cache)
-    except OSError:
-        workplace = tempfile.mkdtemp(prefix="lightning-offload-")
-    try:
-        made = Path(workplace, "kernels.so")
-        _compile(made, extra)
-        where = "compiled"
-        if made.parent.parent == cache:
-            kept = cache / f"{name}-{_digest(made)}.so"
+        made = workplace / "kernels.so"
+        threads = "parallel" if "-fopenmp" in _compile(made, extra) else "serial"
+        if cache is not None and not alone:
+            kept = cache / f"{name}-{threads}-{_digest(made)}.so"
             os.replace(made, kept)  # at once: another process may do the same, and both are right
             made = kept
-        else:
-            where = f"compiled for this process alone, as {str(cache)!r} cannot be written"
-        loaded = ctypes.CDLL(str(made))
+        loaded = _loaded(made)
     except OSError as error:
-        raise NotBuiltError(f"what was compiled cannot be loaded: {error}") from error
+        raise NotBuiltError(f"what was compiled cannot be kept: {error}") from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
-    return loaded, f"kernels {where} in {time.perf_counter() - start:.1f} s"
+    return loaded, f"kernels compiled{alone} in {time.perf_counter() - start:.1f} s{_THREADS[threads]}"
 
 
-def _cache_folder() -> Path:
-    own = os.environ.get("LIGHTNING_OFFLOAD_CACHE")
+_THREADS = {"parallel": "", "serial": ", on one thread: the compiler has no OpenMP"}
+
+
+def _kept(cache: Path, name: str) -> Path | None:
+    """What was compiled before, if it is whole."""
+    for path in cache.glob(f"{name}-*.so"):
+        try:
+            if path.stem.endswith(f"-{_digest(path)}"):
+                return path
+        except OSError:  # not ours to read
+            continue
+    return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotBuiltError(f"what was compiled cannot be loaded: {error}") from error
+
+
+def _workplace(cache: Path | None) -> tuple[Path, str]:
+    """A folder to compile in, and what to say where that is not in the cache."""
+    try:
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="build-", dir=cache)), ""
+        alone = " for this process alone, as there is no home folder,"
+    except OSError:
+        alone = f" for this process alone, as {str(cache)!r} cannot be written,"
+    try:
+        return Path(tempfile.mkdtemp(prefix="lightning-offload-")), alone
+    except OSError as error:
+        raise NotBuiltError(f"there is nowhere to compile: {error}") from error
+
+
+def _cache_folder() -> Path | None:
+    own, users = os.environ.get("LIGHTNING_OFFLOAD_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    users = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(users) if users else Path.home() / ".cache") / "lightning_offload"
-    except RuntimeError:  # nobody's home
-        return Path(tempfile.gettempdir(), f"lightning_offload-{os.getuid()}")
+    except RuntimeError:
+        return None
 
 
 def _digest(library: Path) -> str:
@@ -102,7 +130,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(known)}))
 
 
-def _compile(out: Path, extra: list[str]) -> None:
+def _compile(out: Path, extra: list[str]) -> tuple[str, ...]:
+    """With the first variant of flags that the compiler knows; which it was."""
     command = _compiler()
     said = ""
     for variant in VARIANTS:
@@ -112,25 +141,33 @@ def _compile(out: Path, extra: list[str]) -> None:
                 [*command, *flags, str(SOURCE), "-o", str(out)],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=TIMEOUT_S,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NotBuiltError(f"the compiler {shlex.join(command)!r} does not work: {error}") from error
         if done.returncode == 0 and out.is_file():
-            return
+            return variant
         said = said or _first_error(done.stderr) or f"exit status {done.returncode}"
     raise NotBuiltError(f"the compiler {shlex.join(command)!r} cannot compile the kernels: {said}")
 
 
 def _compiler() -> list[str]:
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    chosen = _words("CXX")
     if chosen:
         return chosen
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
     raise NotBuiltError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or $CXX)")
+
+
+def _words(variable: str) -> list[str]:
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise NotBuiltError(f"${variable} cannot be read: {error}") from error
 
 
 def _first_error(said: str) -> str:

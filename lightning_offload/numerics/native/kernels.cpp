@@ -1,4 +1,4 @@
-// Host loops that torch cannot express in one pass over memory: `ops.py` says what each computes, in torch.
+// Host loops that torch cannot express in one pass over memory: `kernels.py` says what each computes, in torch.
 //
 // A pass goes through memory once and through the cache as often as it likes: a block is widened to fp32, stepped,
 // and narrowed, each by a plain loop that the compiler vectorises (a test reads its report). Compiled with
@@ -397,13 +397,6 @@ EXPORT void offload_adam(int64_t tensors, const int64_t *sizes, float **w, float
     adam_block(adams[t], weight, m[t] + begin, v[t] + begin, gradient, n, whole - begin);
     if (shown) narrow(shown_type, weight, at(shown[t], shown_type, begin), n);
   });
-}
-
-// out[i] = table[rows[i]]
-EXPORT void offload_gather(const char *table, const int64_t *rows, int64_t count, int64_t row_bytes, char *out,
-                           int32_t threads) {
-  each_row(rows, count, threads,
-           [&](int64_t i, int64_t row) { std::memcpy(out + i * row_bytes, table + row * row_bytes, row_bytes); });
 }
 
 // total[rows[i]] += gradient[i] where that is not zero; such rows are touched

@@ -26,18 +26,18 @@ VECTOR = 8
 THREAD_NUMEL = 1 << 14
 """Elements that are worth a thread."""
 
-_LIBRARY = torch.library.Library("lightning_offload", "DEF")
+_LIBRARY = torch.library.Library("lightning_offload", "FRAGMENT")
 _SCHEMAS = {
     "adam_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] steps, Tensor(e!)[] shown, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool decoupled, float coefficient) -> ()",
-    "gather": "(Tensor table, Tensor rows, Tensor(a!) out) -> ()",
     "add_rows_": "(Tensor(a!) total, Tensor(b!) touched, Tensor rows, Tensor gradient) -> ()",
     "step_rows_": "(Tensor(a!) p, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? total, Tensor(e!)? touched, "
     "Tensor(f!)? shown, Tensor? rows, Tensor[] missed, str way, float step, float lr, float beta1, float beta2, "
     "float eps, float weight_decay, bool decoupled, float coefficient) -> ()",
     "advance_": "(Tensor(a!) weight, Tensor(b!)[] outs, int[] draws, float[] numbers, float[] scales, "
     "str distribution, bool stochastic) -> ()",
+    "norm": "(Tensor x) -> Tensor",
     "perturb": "(Tensor weight, Tensor(b!)[] outs, int[] draws, float[] numbers, float[] scales, "
     "str distribution, bool stochastic) -> ()",
 }
@@ -51,8 +51,6 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        library.offload_square_sum.restype = ctypes.c_double
         _register(library)
 
     def adam_(
@@ -104,16 +102,6 @@ class Kernels:
             decoupled,
             coefficient,
         )
-
-    def gather(self, table: Tensor, rows: Tensor, out: Tensor) -> None:
-        """``out[i] = table[rows[i]]``.
-
-        Args:
-            table: (r, d).
-            rows: (U,) int64.
-            out: (U, d), of the table's dtype.
-        """
-        torch.ops.lightning_offload.gather(table, rows, out)
 
     def add_rows_(self, total: Tensor, touched: Tensor, rows: Tensor, gradient: Tensor) -> None:
         """``total[rows[i]] += gradient[i]`` in fp32, and a mark on rows whose gradient is not zero.
@@ -229,10 +217,7 @@ class Kernels:
         Args:
             x: Any shape.
         """
-        assert x.is_contiguous(), f"strides {x.stride()}: the kernels count elements in memory order"
-        numel, threads = x.numel(), _threads(x.numel())
-        total: float = self._library.offload_square_sum(_pointer(x), TYPES[x.dtype], _int(numel), threads)
-        return math.sqrt(total)
+        return float(torch.ops.lightning_offload.norm(x))
 
 
 _int, _double, _float = ctypes.c_int64, ctypes.c_double, ctypes.c_float
@@ -243,11 +228,17 @@ def _register(library: ctypes.CDLL) -> None:
     """Operators are the process's: the first library has them."""
     if _registered:
         return
-    _registered.append(library)
+    library.offload_square_sum.restype = ctypes.c_double  # AttributeError: the library is another
     for name, schema in _SCHEMAS.items():
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, _IMPLEMENTATIONS[name], "CPU")
-        _LIBRARY.impl(name, lambda *_: None, "Meta")
+        _LIBRARY.impl(name, _nothing_real, "Meta")
+    _registered.append(library)
+
+
+def _nothing_real(*args: Any) -> Tensor | None:
+    """For tensors without memory; a norm is the one operator of one argument."""
+    return torch.empty((), dtype=torch.float64, device="meta") if len(args) == 1 else None
 
 
 def _adam_(
@@ -265,13 +256,13 @@ def _adam_(
     decoupled: bool,
     coefficient: float,
 ) -> None:
-    torch._foreach_add_(steps, 1)
     sizes = [m.numel() for m in exp_avgs]
     _check_like(exp_avgs, params or exp_avgs, exp_avg_sqs, grads, shown or exp_avgs)
     _check_dtype(torch.float32, params, exp_avgs, exp_avg_sqs)
-    count = len(sizes)
+    gradient_type, shown_type, count = _type_of(grads), _type_of(shown), len(sizes)
     if count == 0:
         return
+    torch._foreach_add_(steps, 1)
     _registered[0].offload_adam(
         _int(count),
         (_int * count)(*sizes),
@@ -281,8 +272,8 @@ def _adam_(
         _pointers(grads),
         _pointers(shown),
         (_double * count)(*(float(step) for step in steps)),
-        _type_of(grads),
-        _type_of(shown),
+        gradient_type,
+        shown_type,
         *(_double(number) for number in (lr, beta1, beta2, eps, weight_decay)),
         int(decoupled),
         _float(coefficient),
@@ -290,19 +281,11 @@ def _adam_(
     )
 
 
-def _gather(table: Tensor, rows: Tensor, out: Tensor) -> None:
-    _check_rows(rows, table, out)
-    assert out.dtype == table.dtype, f"rows of {table.dtype} for {out.dtype}"
-    row_bytes = table.shape[1] * table.element_size()
-    _registered[0].offload_gather(
-        _pointer(table), _pointer(rows), _int(len(rows)), _int(row_bytes), _pointer(out), _threads(out.numel())
-    )
-
-
 def _add_rows_(total: Tensor, touched: Tensor, rows: Tensor, gradient: Tensor) -> None:
-    _check_rows(rows, total, gradient)
+    _check_rows(rows, total, touched)
+    assert gradient.is_contiguous(), f"strides {gradient.stride()}: the kernels count elements in memory order"
+    assert gradient.shape == (len(rows), total.shape[1]), f"{tuple(gradient.shape)} for {len(rows)} rows"
     _check_dtype(torch.float32, [total])
-    _check_dtype(torch.bool, [touched])
     _registered[0].offload_add_rows(
         _pointer(total),
         _pointer(touched),
@@ -336,10 +319,13 @@ def _step_rows_(
 ) -> None:
     count, width = len(p) if rows is None else len(rows), p.shape[1]
     assert width % VECTOR == 0, f"rows of {width} elements, no multiple of {VECTOR}"
+    if rows is not None or touched is not None:
+        _check_rows(rows, p, touched)
     assert way == "none" or (total is not None and touched is not None), "gradients of no row"
     _check_like([p], [m], [v], [p if total is None else total], [p if shown is None else shown])
     _check_dtype(torch.float32, [p, m, v, *missed, *([total] if total is not None else [])])
-    assert all(len(column) == count for column in missed), "missed steps of other rows"
+    assert len(missed) in (0, 5), f"{len(missed)} columns of missed steps"
+    assert all(column.shape == (count,) and column.is_contiguous() for column in missed), "missed steps of other rows"
     _registered[0].offload_step_rows(
         _pointer(p),
         _pointer(m),
@@ -360,6 +346,13 @@ def _step_rows_(
     )
 
 
+def _norm(x: Tensor) -> Tensor:
+    _check_like([x])
+    threads, count = _threads(x.numel()), _int(x.numel())
+    total: float = _registered[0].offload_square_sum(_pointer(x), TYPES[x.dtype], count, threads)
+    return torch.tensor(math.sqrt(total), dtype=torch.float64, device="cpu")
+
+
 def _advance_(
     weight: Tensor,
     outs: list[Tensor],
@@ -370,6 +363,7 @@ def _advance_(
     stochastic: bool,
 ) -> None:
     updates, copies = len(numbers) // 3, len(outs)
+    _check_like([weight] * (copies + 1), [weight, *outs])
     words = (ctypes.c_uint32 * len(draws))(*draws)
     shown = (ctypes.c_uint32 * 4)(*draws[-4:])
     _registered[0].offload_advance(
@@ -390,13 +384,13 @@ def _advance_(
     )
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "adam_": _adam_,
-    "gather": _gather,
     "add_rows_": _add_rows_,
     "step_rows_": _step_rows_,
     "advance_": _advance_,
     "perturb": _advance_,
+    "norm": _norm,
 }
 
 
@@ -430,7 +424,13 @@ def _check_dtype(dtype: torch.dtype, *tensors: Sequence[Tensor]) -> None:
         assert tensor.dtype == dtype, f"{tensor.dtype} where the kernels have {dtype}"
 
 
-def _check_rows(rows: Tensor, table: Tensor, picked: Tensor) -> None:
-    assert all(tensor.is_contiguous() for tensor in (rows, table, picked)), "rows that are not contiguous"
-    assert picked.shape == (len(rows), table.shape[1]), f"{tuple(picked.shape)} for {len(rows)} rows"
-    assert rows.dtype == torch.int64, f"places of rows are int64, not {rows.dtype}"
+def _check_rows(rows: Tensor | None, table: Tensor, touched: Tensor | None) -> None:
+    if touched is not None:
+        assert touched.shape == table.shape[:1], f"{tuple(touched.shape)} marks for {len(table)} rows"
+        assert touched.dtype == torch.bool, f"marks are bool, not {touched.dtype}"
+    assert all(t.is_contiguous() for t in (rows, table, touched) if t is not None), "rows that are not contiguous"
+    if rows is not None and rows.numel():
+        assert rows.dtype == torch.int64, f"places of rows are int64, not {rows.dtype}"
+        least, most = (int(place) for place in rows.aminmax())
+        if least < 0 or most >= len(table):
+            raise IndexError(f"row {least if least < 0 else most} of a table of {len(table)}")
