@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_offload.behaviour import AnyEngine, OffloadBehaviour, Settings
 from lightning_offload.memory.peers import ProcessPeers
 from lightning_offload.methods.settings import GradientSettings
+from lightning_offload.methods.zo2 import ZO2Settings
 
 OF_THE_MACHINE = ("pin_memory", "host_threads", "native", "blocks", "max_device_gib", "max_host_gib")
 """Settings that may differ between ranks: they decide no bits."""
@@ -104,6 +105,10 @@ class SeveralDevices(OffloadBehaviour[AnyEngine], DDPStrategy):
         self._share_weights()
         super()._prepare_forwards(trainer)
 
+    def _claims_anything(self, method: Any) -> bool:
+        """An engine is what makes ranks one training, whatever it offloads."""
+        return True
+
     def _check_module(self, module: LightningModule) -> None:
         if not module.automatic_optimization and not hasattr(module, "offload_step"):
             raise MisconfigurationException(
@@ -111,6 +116,14 @@ class SeveralDevices(OffloadBehaviour[AnyEngine], DDPStrategy):
                 f"`{type(self).__name__}` would not know when gradients of all ranks are complete. Derive it from "
                 "`OffloadMixin` and write `loss`, or use automatic optimization."
             )
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that share out the directions of a batch see the same one."""
+        found: dict[str, Any] = super().distributed_sampler_kwargs
+        share = self.settings.direction_ranks if isinstance(self.settings, ZO2Settings) else 1
+        return {"num_replicas": found["num_replicas"] // share, "rank": found["rank"] // share}
 
     # What is not trained must be the same too.
 
