@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
-from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -24,8 +23,11 @@ from typing_extensions import override
 from lightning_offload.attaching import make_lanes
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
 from lightning_offload.memory.budget import Machine, cap_device
+from lightning_offload.materialising import find_in_checkpoint, find_weights, is_made, quiet_about_meta
 from lightning_offload.memory.lanes import Lanes
+from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.base import Attached
+from lightning_offload.methods.homes import settle, settled_dtype
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.precision import AnyMethod, OffloadPrecision
@@ -90,8 +92,9 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Parameters are made in host memory: the device may be too small for all of them."""
-        with _EmptyInit(enabled=bool(empty_init)), torch.device("cpu"), self.precision_plugin.tensor_init_context():
+        """Parameters are made in host memory, as the device may be too small for all of them; empty ones nowhere."""
+        where = parameters_on_meta() if empty_init else nullcontext()
+        with where, torch.device("cpu"), self.precision_plugin.tensor_init_context():
             yield
 
     @override
@@ -114,12 +117,14 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
             assert self.lightning_module is not None
             self._settle_settings(self.lightning_module)
         self._cap_device()
+        self._find_weights()
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
             self.engine = None
             self.setup_optimizers(trainer)
             self._attach(trainer)
         else:
             self._prepare_forwards(trainer)
+        self._bring_rest()
         self._convert()
         self.model_to_device()
         self.setup_precision_plugin()
@@ -135,6 +140,19 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
 
     def _prepare_forwards(self, trainer: Trainer) -> None:
         """Before an evaluation outside of fit."""
+
+    def _find_weights(self) -> None:
+        """Of a module on the meta device, before anything is made for it."""
+        assert self.lightning_module is not None
+        find_weights(self.lightning_module)
+
+    def _bring_rest(self) -> None:
+        """What no engine has brought from the meta device: straight to where it computes, one after the other."""
+        assert self.model is not None
+        dtypes = self.precision_plugin.dtypes(self._method())
+        for parameter in self.model.parameters():
+            if parameter.is_meta:
+                settle(parameter, self.root_device, settled_dtype(parameter, dtypes))
 
     def _convert(self) -> None:
         """Bring what the engine has not to the dtype it computes in."""
@@ -247,7 +265,11 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     @override
     def teardown(self) -> None:
         self._detach()
+        module = self._lightning_module
+        if module is not None and not is_made(module):  # a setup has failed, and nothing can move it to the CPU
+            self._lightning_module = None
         super().teardown()
+        self._lightning_module = module
         self._lift_device_cap()
 
     def _flush(self) -> None:
@@ -280,7 +302,9 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
         assert module is not None
         if strict and not is_overridden("load_state_dict", module, LightningModule):
             compare_weights(module.state_dict(), checkpoint["state_dict"], source="The checkpoint")
-        super().load_model_state_dict(checkpoint, strict=strict)
+        find_in_checkpoint(module, checkpoint["state_dict"])
+        with quiet_about_meta():
+            super().load_model_state_dict(checkpoint, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""

@@ -29,7 +29,7 @@ from lightning_offload.memory.lanes import Lanes
 from lightning_offload.memory.ledger import Span
 from lightning_offload.methods.arrivals import Arrivals
 from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepReport, Trained, Verdict
-from lightning_offload.methods.homes import settle, weight_dtype
+from lightning_offload.methods.homes import settle, settled_dtype, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.method import Method, Site
 from lightning_offload.methods.part import form_gradient
@@ -415,6 +415,8 @@ class Engine:
         moving = 0
         if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made
             moving = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.device.type == "cpu")
+        else:  # where they come to stay
+            moving = -sum(p.numel() * p.element_size() for p in self.module.parameters() if p.is_meta)
         numel = sum(t.parameter.numel() for t in (*claimed, *on_host))
         machine.require_host(
             self._arena_bytes(claimed, on_host),
@@ -457,8 +459,7 @@ class Engine:
         for unit in self.units:
             for parameter in unit.parameters.values():
                 if id(parameter) not in trained:
-                    dtype = weight_dtype(parameter, self.dtypes) if parameter.is_floating_point() else parameter.dtype
-                    settle(parameter, self.lanes.device, dtype)
+                    settle(parameter, self.lanes.device, settled_dtype(parameter, self.dtypes))
 
     def _install(self) -> None:
         self._undo += self.arrivals.install()

@@ -1,0 +1,67 @@
+"""Weights on the meta device that know where their values are, and take them when they are first needed.
+
+An engine reads each weight once, as it makes its home. What is promised until then takes no memory, so that nothing is
+held beside the homes but the one weight that is on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_PROMISE = "_offload_promise"
+
+Read = Callable[[], Tensor]
+"""The values, of the parameter's shape and of any floating-point dtype; read again if a first reading failed."""
+
+
+def promise(parameter: nn.Parameter, read: Read) -> None:
+    """Have a parameter on the meta device take its values from ``read`` when they are needed; the latest counts."""
+    parameter.__dict__[_PROMISE] = read
+
+
+def is_promised(parameter: nn.Parameter) -> bool:
+    """Whether it has, or knows where to get, values."""
+    return not parameter.is_meta or _PROMISE in parameter.__dict__
+
+
+def bring(parameter: nn.Parameter) -> None:
+    """Take what was promised into host memory, in the parameter's own dtype; the ``Parameter`` object stays.
+
+    One that has values, or was promised none, is left as it is.
+    """
+    read = parameter.__dict__.get(_PROMISE)
+    if read is None or not parameter.is_meta:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        values.copy_(read())
+        made = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    del made.__dict__[_PROMISE]
+    torch.utils.swap_tensors(parameter, made)  # optimizers and tied modules hold the object
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules made in here have shapes alone; buffers have values, as no file may have them.
+
+    Between ``nn.Parameter(...)`` and its registration there is memory for one parameter.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta and not nn.parameter.is_lazy(param):
+            made = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            made.__dict__.update(param.__dict__)
+            module._parameters[name] = made
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
