@@ -22,12 +22,18 @@ from typing_extensions import override
 
 from lightning_offload.attaching import make_lanes
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
+from lightning_offload.materialising import (
+    bring_rest,
+    find_in_checkpoint,
+    find_weights,
+    is_made,
+    quiet_about_meta,
+    refuse_early_copies,
+)
 from lightning_offload.memory.budget import Machine, cap_device
-from lightning_offload.materialising import find_in_checkpoint, find_weights, is_made, quiet_about_meta
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.base import Attached
-from lightning_offload.methods.homes import settle, settled_dtype
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.precision import AnyMethod, OffloadPrecision
@@ -105,26 +111,28 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
                 f"`{self.root_device.type}`. Pass `Trainer(accelerator='cuda')` or `Trainer(accelerator='cpu')`."
             )
         super().setup_environment()
+        assert self.lightning_module is not None
+        refuse_early_copies(self.lightning_module)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
+        assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         self.precision_plugin.use_device(self.root_device)
         self._detach()
         if trainer.state.fn == TrainerFn.FITTING:
-            assert self.lightning_module is not None
             self._settle_settings(self.lightning_module)
         self._cap_device()
-        self._find_weights()
+        find_weights(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
             self.engine = None
             self.setup_optimizers(trainer)
             self._attach(trainer)
         else:
             self._prepare_forwards(trainer)
-        self._bring_rest()
+        bring_rest(self.model, self.root_device, self.precision_plugin.dtypes(self._method()))
         self._convert()
         self.model_to_device()
         self.setup_precision_plugin()
@@ -140,19 +148,6 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
 
     def _prepare_forwards(self, trainer: Trainer) -> None:
         """Before an evaluation outside of fit."""
-
-    def _find_weights(self) -> None:
-        """Of a module on the meta device, before anything is made for it."""
-        assert self.lightning_module is not None
-        find_weights(self.lightning_module)
-
-    def _bring_rest(self) -> None:
-        """What no engine has brought from the meta device: straight to where it computes, one after the other."""
-        assert self.model is not None
-        dtypes = self.precision_plugin.dtypes(self._method())
-        for parameter in self.model.parameters():
-            if parameter.is_meta:
-                settle(parameter, self.root_device, settled_dtype(parameter, dtypes))
 
     def _convert(self) -> None:
         """Bring what the engine has not to the dtype it computes in."""

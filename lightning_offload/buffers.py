@@ -31,8 +31,8 @@ def remake_buffers(module: nn.Module) -> None:
         return
     names = [f"{path}.{name}".lstrip(".") for path in lost for name in _on_meta(module.get_submodule(path))]
     raise MisconfigurationException(
-        f"`{type(module).__name__}` has {len(names)} buffers on the meta device that no file has and nothing is known to "
-        f"make again ({', '.join(f'`{name}`' for name in names[:3])}). Make the module under "
+        f"`{type(module).__name__}` has {len(names)} buffers on the meta device that no file has and nothing is known "
+        f"to make again ({', '.join(f'`{name}`' for name in names[:3])}). Make the module under "
         "`trainer.init_module(empty_init=True)` instead of `torch.device('meta')`: it leaves parameters alone without "
         "values."
     )

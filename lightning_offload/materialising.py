@@ -14,14 +14,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_offload.buffers import fill, remake_buffers
 from lightning_offload.errors import CheckpointError
-from lightning_offload.memory.promises import is_promised, promise
+from lightning_offload.memory.promises import is_promised, promise, was_promised
 from lightning_offload.memory.shards import Shards, Stored
+from lightning_offload.methods.base import DTypes
+from lightning_offload.methods.homes import settle, settled_dtype
+from lightning_offload.windows import copies_module
 
 WEIGHTS = "offload_weights"
 """The attribute of a LightningModule that says where the values of its weights on the meta device are."""
@@ -64,8 +69,13 @@ def find_weights(module: LightningModule) -> None:
         CheckpointError: Files that are damaged, that lack some of them, or have them in other shapes or dtypes.
     """
     wanted = [absent for absent in _absent(module) if not _is_promised(absent.tensor)]
+    given = getattr(module, WEIGHTS, None)
+    if given is not None and not wanted and not any(map(was_promised, module.parameters())):
+        rank_zero_warn(
+            f"`{WEIGHTS}={given!r}` has no effect: no weight of `{type(module).__name__}` is on the meta device, so "
+            "none is read. Make them under `trainer.init_module(empty_init=True)`."
+        )
     if wanted:
-        given = getattr(module, WEIGHTS, None)
         if given is None:
             raise MisconfigurationException(
                 f"`{type(module).__name__}` has {_some(wanted)} on the meta device, and nothing says where the values "
@@ -91,6 +101,30 @@ def find_in_checkpoint(module: nn.Module, state: Mapping[str, Any]) -> None:
         values = next((state[name] for name in absent.names if name in state), None)
         if isinstance(values, Tensor) and not values.is_meta and values.shape == absent.tensor.shape:
             absent.take(partial(_itself, values))
+
+
+def bring_rest(module: nn.Module, device: torch.device, dtypes: DTypes) -> None:
+    """What no engine has brought: straight to where it computes, one weight after the other."""
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            settle(parameter, device, settled_dtype(parameter, dtypes))
+
+
+def refuse_early_copies(module: LightningModule) -> None:
+    """Of a module that has no values yet: some callbacks make theirs before a strategy is set up.
+
+    Raises:
+        NotImplementedError: There is such a callback, and such a module.
+    """
+    if module.trainer.state.fn != TrainerFn.FITTING or not copies_module(module.trainer):
+        return
+    _call_configure_model(module.trainer)  # called again later, as Lightning may do at any time
+    if not is_made(module):
+        raise NotImplementedError(
+            f"A callback that copies `{type(module).__name__}` to average its weights cannot work with weights on the "
+            "meta device, as it copies before they have values. Make the module without `torch.device('meta')` and "
+            "`init_module(empty_init=True)`, or remove the callback."
+        )
 
 
 @contextmanager
@@ -149,8 +183,8 @@ def _take_from(shards: Shards, module: nn.Module, wanted: Sequence[_Absent]) -> 
     if missing:
         raise CheckpointError(
             f"{str(shards.place)!r} lacks {_some(missing)} of the {len(wanted)} weights of `{type(module).__name__}` "
-            f"that are on the meta device; looked for with {stored!r} in place of {own!r}, it has {_first(shards.tensors)}. "
-            f"Give the folder of this model, or {_WAYS_OUT}"
+            f"that are on the meta device; it has {_first(shards.tensors)}, and names were looked for with "
+            f"{stored!r} in place of {own!r}. Give the folder of this model, or {_WAYS_OUT}"
         )
     _warn_of_more(shards, module, own, stored, used)
 
@@ -194,8 +228,8 @@ def _check(absent: _Absent, there: str, stored: Stored) -> None:
         )
     if stored.is_floating != tensor.is_floating_point():
         raise CheckpointError(
-            f"`{name}` is {tensor.dtype} in the model, and `{there}` is {stored.dtype} in {str(stored.file)!r}: weights "
-            "are read from 16 bits and more; of a quantized model give a folder that is not"
+            f"`{name}` is {tensor.dtype} in the model, and `{there}` is {stored.dtype} in {str(stored.file)!r}: "
+            "weights are read from 16 bits and more; of a quantized model give a folder that is not"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,13 @@ def promise(parameter: nn.Parameter, read: Read) -> None:
 
 
 def is_promised(parameter: nn.Parameter) -> bool:
-    """Whether it has, or knows where to get, values."""
-    return not parameter.is_meta or _PROMISE in parameter.__dict__
+    """Whether it is on the meta device and knows where its values are."""
+    return parameter.is_meta and parameter.__dict__.get(_PROMISE) is not None
+
+
+def was_promised(parameter: nn.Parameter) -> bool:
+    """Whether it is, or has been, promised values."""
+    return _PROMISE in parameter.__dict__
 
 
 def bring(parameter: nn.Parameter) -> None:
@@ -40,8 +46,7 @@ def bring(parameter: nn.Parameter) -> None:
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         values.copy_(read())
         made = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    made.__dict__.update(parameter.__dict__)
-    del made.__dict__[_PROMISE]
+    made.__dict__.update(parameter.__dict__, **{_PROMISE: None})
     torch.utils.swap_tensors(parameter, made)  # optimizers and tied modules hold the object
 
 
@@ -60,7 +65,8 @@ def parameters_on_meta() -> Iterator[None]:
             made.__dict__.update(param.__dict__)
             module._parameters[name] = made
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    patched: Any = on_meta
+    nn.Module.register_parameter = patched  # type: ignore[method-assign]
     try:
         yield
     finally:
