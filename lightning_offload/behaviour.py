@@ -26,6 +26,7 @@ from lightning_offload.materialising import (
     bring_rest,
     find_in_checkpoint,
     find_weights,
+    forget_weights,
     is_made,
     quiet_about_meta,
     refuse_early_copies,
@@ -262,6 +263,7 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
         self._detach()
         module = self._lightning_module
         if module is not None and not is_made(module):  # a setup has failed, and nothing can move it to the CPU
+            forget_weights(module)
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module

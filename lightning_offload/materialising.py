@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_offload.buffers import fill, remake_buffers
 from lightning_offload.errors import CheckpointError
-from lightning_offload.memory.promises import is_promised, promise, was_promised
+from lightning_offload.memory.promises import forget, is_promised, promise, was_promised
 from lightning_offload.memory.shards import Shards, Stored
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.homes import settle, settled_dtype
@@ -70,28 +70,20 @@ def find_weights(module: LightningModule) -> None:
     """
     wanted = [absent for absent in _absent(module) if not _is_promised(absent.tensor)]
     given = getattr(module, WEIGHTS, None)
-    if given is not None and not wanted and not any(map(was_promised, module.parameters())):
+    if wanted and given is None:
+        raise MisconfigurationException(
+            f"`{type(module).__name__}` has {_some(wanted)} on the meta device, and nothing says where the values "
+            f"are. Set `{WEIGHTS}` of the module to a folder with *.safetensors, or pass `ckpt_path`; or "
+            f"{_WAYS_OUT}."
+        )
+    if wanted:
+        _find_in_files(module, given, wanted)
+    elif given is not None and not any(map(was_promised, module.parameters())):
         rank_zero_warn(
             f"`{WEIGHTS}={given!r}` has no effect: no weight of `{type(module).__name__}` is on the meta device, so "
             "none is read. Make them under `trainer.init_module(empty_init=True)`."
         )
-    if wanted:
-        if given is None:
-            raise MisconfigurationException(
-                f"`{type(module).__name__}` has {_some(wanted)} on the meta device, and nothing says where the values "
-                f"are. Set `{WEIGHTS}` of the module to a folder with *.safetensors, or pass `ckpt_path`; or "
-                f"{_WAYS_OUT}."
-            )
-        for prefix, place in _places(given):
-            inside = {absent: None for absent in wanted if any(name.startswith(prefix) for name in absent.names)}
-            wanted = [absent for absent in wanted if absent not in inside]
-            if inside:
-                _take_from(Shards(place), module, list(inside))
-        if wanted:
-            raise CheckpointError(
-                f"`{WEIGHTS}={given!r}` says nothing of {_some(wanted)} of `{type(module).__name__}` on the meta "
-                f"device: add their module, or {_WAYS_OUT}"
-            )
+    _let_go(module)
     remake_buffers(module)
 
 
@@ -135,6 +127,12 @@ def quiet_about_meta() -> Iterator[None]:
         yield
 
 
+def forget_weights(module: nn.Module) -> None:
+    """A run has ended before they were read: the next one looks for them again."""
+    for parameter in module.parameters():
+        forget(parameter)
+
+
 def is_made(module: nn.Module) -> bool:
     """Whether nothing of it is on the meta device."""
     return not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
@@ -153,6 +151,30 @@ def _absent(module: nn.Module) -> list[_Absent]:
 
 def _is_promised(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and is_promised(tensor)
+
+
+def _find_in_files(module: LightningModule, given: Any, wanted: Sequence[_Absent]) -> None:
+    for prefix, place in _places(given):
+        inside = [absent for absent in wanted if any(name.startswith(prefix) for name in absent.names)]
+        if inside:
+            _take_from(Shards(place), module, inside)
+        else:
+            part = prefix.removesuffix(".")
+            rank_zero_warn(f"`{WEIGHTS}[{part!r}]` has no effect: no weight of this part is on the meta device.")
+        found = set(inside)
+        wanted = [absent for absent in wanted if absent not in found]
+    if wanted:
+        raise CheckpointError(
+            f"`{WEIGHTS}={given!r}` says nothing of {_some(wanted)} of `{type(module).__name__}` on the meta device: "
+            f"add their module, or {_WAYS_OUT}"
+        )
+
+
+def _let_go(module: nn.Module) -> None:
+    """Of weak references that recurrent layers have for ``torch.func``: torch swaps no tensor to which there are any."""
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase) and not is_made(part):
+            part._flat_weight_refs = [partial(_itself, weight) for weight in part._flat_weights]
 
 
 def _places(given: Any) -> list[tuple[str, Path]]:
@@ -247,5 +269,5 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "") or "nothing"
 
 
-def _itself(values: Tensor) -> Tensor:
+def _itself(values: Any) -> Any:
     return values

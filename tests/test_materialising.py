@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from lightning_offload.errors import CheckpointError
+from lightning_offload.errors import CheckpointError, HostMemoryError
 from lightning_offload.materialising import find_weights
 from lightning_offload.memory.promises import bring, parameters_on_meta
 from tests.lit import fit, lsp, offload, trainer
@@ -207,6 +207,13 @@ def found(module: L.LightningModule) -> dict[str, Tensor]:
     return module.state_dict()
 
 
+def fit_to(module: nn.Module, other: nn.Module) -> None:
+    """One step of ``module``, by its own parameters."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    module(torch.ones(4, 3))[0].sum().backward()
+    optimizer.step()
+
+
 def same(state: dict[str, Tensor], module: nn.Module, beginning: str) -> bool:
     return all(torch.equal(state[beginning + name], tensor) for name, tensor in module.state_dict().items())
 
@@ -238,6 +245,16 @@ def test_each_part_from_a_place_of_its_own(tmp_path: Path) -> None:
     assert same(state, one, "a.")
     assert same(state, two, "b.")
     assert same(state, inner, "b.inner.")
+
+
+def test_recurrent_layers(tmp_path: Path) -> None:
+    """torch keeps weak references to their weights, and lists of them."""
+    real, x = nn.LSTM(3, 3, num_layers=2), torch.ones(4, 3)
+    module = Parts(weights=saved(tmp_path / "a.safetensors", real), net=on_meta(real))
+    found(module)
+    assert torch.equal(module.net(x)[0], real(x)[0])
+    fit_to(module.net, real)
+    assert not torch.equal(module.net(x)[0], real(x)[0])
 
 
 def test_compiled_blocks_have_their_names(tmp_path: Path) -> None:
@@ -340,6 +357,20 @@ def refusals() -> dict[str, tuple[Any, str]]:
     }
 
 
+def test_a_run_that_fails_leaves_no_promise(folder: Path, tmp_path: Path) -> None:
+    """Neither that of a checkpoint, nor that of files that turn out to be others'."""
+    path = tmp_path / "last.ckpt"
+    fit(Late("loaded", folder), offload(), max_epochs=1).save_checkpoint(path)
+    loaded, late = Late("loaded", folder), Late("init", folder)
+    run = trainer(offload(max_host_gib=1e-6))
+    with pytest.raises(HostMemoryError):
+        run.fit(late, ckpt_path=path)
+    assert all(parameter.is_meta for parameter in late.parameters())
+    for module in (loaded, late):
+        fit(module, offload(), max_epochs=1)
+    assert_same(loaded, late)
+
+
 @pytest.mark.parametrize("case", refusals())
 def test_files_of_something_else(case: str, tmp_path: Path) -> None:
     stored, message = refusals()[case]
@@ -354,7 +385,10 @@ def test_places_that_are_not_understood(tmp_path: Path) -> None:
         with pytest.raises(MisconfigurationException, match=r"`offload_weights` must be a folder .*; got "):
             find_weights(Parts(weights=given, net=late))
     file = saved(tmp_path / "a.safetensors", layers())
-    with pytest.raises(CheckpointError, match=r"says nothing of 6 weights \(`net.body.0.weight`.*: add their"):
+    with (
+        pytest.warns(UserWarning, match=r"`offload_weights\['other'\]` has no effect"),
+        pytest.raises(CheckpointError, match=r"says nothing of 6 weights \(`net.body.0.weight`.*: add their"),
+    ):
         find_weights(Parts(weights={"other": file}, net=late))
 
 

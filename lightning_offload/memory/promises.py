@@ -24,6 +24,12 @@ def promise(parameter: nn.Parameter, read: Read) -> None:
     parameter.__dict__[_PROMISE] = read
 
 
+def forget(parameter: nn.Parameter) -> None:
+    """Take a promise back."""
+    if is_promised(parameter):
+        parameter.__dict__[_PROMISE] = None
+
+
 def is_promised(parameter: nn.Parameter) -> bool:
     """Whether it is on the meta device and knows where its values are."""
     return parameter.is_meta and parameter.__dict__.get(_PROMISE) is not None

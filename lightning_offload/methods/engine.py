@@ -412,14 +412,14 @@ class Engine:
         return sum(part.device_bytes for part in self.senders) + self.resident.nbytes
 
     def _require_host(self, machine: Machine, claimed: Sequence[Trained], on_host: Sequence[Trained]) -> None:
-        moving = 0
+        moving = coming = 0
         if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made
             moving = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.device.type == "cpu")
         else:  # where they come to stay
-            moving = -sum(p.numel() * p.element_size() for p in self.module.parameters() if p.is_meta)
+            coming = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.is_meta)
         numel = sum(t.parameter.numel() for t in (*claimed, *on_host))
         machine.require_host(
-            self._arena_bytes(claimed, on_host),
+            self._arena_bytes(claimed, on_host) + coming,
             freed_bytes=moving,
             what=f"method `{self.method.name}` on {numel:,} parameters",
             on_misfit=self.method.settings.on_misfit,
