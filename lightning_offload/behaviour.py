@@ -100,6 +100,8 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """Parameters are made in host memory, as the device may be too small for all of them; empty ones nowhere."""
+        if empty_init and self.lightning_module is not None:
+            refuse_early_copies(self.lightning_module)
         where = parameters_on_meta() if empty_init else nullcontext()
         with where, torch.device("cpu"), self.precision_plugin.tensor_init_context():
             yield
@@ -113,7 +115,8 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
             )
         super().setup_environment()
         assert self.lightning_module is not None
-        refuse_early_copies(self.lightning_module)
+        if not is_made(self.lightning_module):
+            refuse_early_copies(self.lightning_module)
 
     @override
     def setup(self, trainer: Trainer) -> None:

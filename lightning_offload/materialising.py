@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -103,15 +102,12 @@ def bring_rest(module: nn.Module, device: torch.device, dtypes: DTypes) -> None:
 
 
 def refuse_early_copies(module: LightningModule) -> None:
-    """Of a module that has no values yet: some callbacks make theirs before a strategy is set up.
+    """Of a module without values: some callbacks copy it before a strategy is set up.
 
     Raises:
-        NotImplementedError: There is such a callback, and such a module.
+        NotImplementedError: There is such a callback.
     """
-    if module.trainer.state.fn != TrainerFn.FITTING or not copies_module(module.trainer):
-        return
-    _call_configure_model(module.trainer)  # called again later, as Lightning may do at any time
-    if not is_made(module):
+    if module.trainer.state.fn == TrainerFn.FITTING and copies_module(module.trainer):
         raise NotImplementedError(
             f"A callback that copies `{type(module).__name__}` to average its weights cannot work with weights on the "
             "meta device, as it copies before they have values. Make the module without `torch.device('meta')` and "
@@ -171,10 +167,11 @@ def _find_in_files(module: LightningModule, given: Any, wanted: Sequence[_Absent
 
 
 def _let_go(module: nn.Module) -> None:
-    """Of weak references that recurrent layers have for ``torch.func``: torch swaps no tensor to which there are any."""
+    """Of the weak references that recurrent layers keep for ``torch.func``: torch swaps no tensor that has any."""
     for part in module.modules():
         if isinstance(part, nn.RNNBase) and not is_made(part):
-            part._flat_weight_refs = [partial(_itself, weight) for weight in part._flat_weights]
+            strong: Any = [partial(_itself, weight) for weight in part._flat_weights]
+            part._flat_weight_refs = strong
 
 
 def _places(given: Any) -> list[tuple[str, Path]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -55,6 +56,7 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
         module = self.lightning_module
         assert module is not None
         if module.trainer.state.fn == TrainerFn.FITTING and copies_module(module.trainer):
+            _call_configure_model(module.trainer)  # called again later, as Lightning may do at any time
             self._settle_settings(module)
             put_adapters_on(self.strategy_name, module, self.settings)
 
