@@ -1,7 +1,8 @@
 """Peak memory while weights in files become weights that are trained, as JSON; Linux.
 
-``python -m tests.meta_footprint FOLDER STEPS STRATEGY ...``: of each strategy, from before the model is made to the
-first step, or to the end of STEPS; ``whole`` instead of a strategy loads every file first, as nothing should.
+``python -m tests.meta_footprint FOLDER STEPS DTYPE METHOD ...``: for a model in DTYPE from files of bfloat16, by each
+method, from before it is made to the first step, or to the end of STEPS. ``zo2/loaded`` is ``from_pretrained``;
+``zo2/whole`` keeps what was read from all files, as nothing should. FOLDER may be empty: then it gets a model of 200 M.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ MAKE = {
 }
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: Any, dtype: str = "bfloat16") -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def write(folder: Path, shape: str, shards: int = 5) -> int:
@@ -71,19 +72,24 @@ def write(folder: Path, shape: str, shards: int = 5) -> int:
 class FromFiles(L.LightningModule):
     """Has no weights until a strategy takes them from the files."""
 
-    def __init__(self, folder: Path, sgd: bool, whole: bool = False) -> None:
+    def __init__(self, folder: Path, dtype: str, sgd: bool, how: str) -> None:
         super().__init__()
-        self.offload_weights, self.sgd, self.whole = folder, sgd, whole
+        self.folder, self.dtype_asked, self.sgd, self.how = folder, dtype, sgd, how
+        if not how:
+            self.offload_weights = folder
         self.model: Any = None
 
     def configure_model(self) -> None:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        if self.model is None:
-            with self.trainer.init_module(empty_init=True):
-                self.model = empty_model(AutoConfig.from_pretrained(self.offload_weights))
-        if self.whole:
-            files = [load_file(file) for file in sorted(self.offload_weights.glob("*.safetensors"))]
+        if self.how == "loaded":
+            dtype = getattr(torch, self.dtype_asked)
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).train()
+            return
+        with self.trainer.init_module(empty_init=True):
+            self.model = empty_model(AutoConfig.from_pretrained(self.folder), self.dtype_asked)
+        if self.how == "whole":
+            files = [load_file(file) for file in sorted(self.folder.glob("*.safetensors"))]
             weights = {name: tensor.clone() for tensors in files for name, tensor in tensors.items()}
             self.model.load_state_dict(weights, strict=False, assign=True)
             self.model.tie_weights()
@@ -113,14 +119,13 @@ class Peak(L.Callback):
         self.arenas = engine.lanes.memory.report().requested_bytes
 
 
-def fit(folder: Path, name: str, steps: int) -> dict[str, int]:
+def fit(folder: Path, name: str, dtype: str, steps: int) -> dict[str, int]:
     """Growth of this process up to the first step and to the end; what it has to hold then, and its arenas in all."""
     gc.collect()
     forget_peak()
     before, peak = memory_bytes("VmRSS"), Peak()
-    whole = name == "whole"
-    method = "zo2" if whole else name
-    module = FromFiles(folder, sgd=method == "zo2", whole=whole)
+    method, _, how = name.partition("/")
+    module = FromFiles(folder, dtype, method == "zo2", how)
     batches = DataLoader(torch.zeros(max(steps, 1), 4, dtype=torch.int64), batch_size=1)
     run = trainer(MAKE[method](), steps=steps, precision="bf16-true", callbacks=[peak])
     run.fit(module, batches)
@@ -130,8 +135,10 @@ def fit(folder: Path, name: str, steps: int) -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    place, count, *names = sys.argv[1:]
+    place, count, dtype, *names = sys.argv[1:]
+    if not (Path(place) / INDEX).exists():
+        write(Path(place), "200M")
     write(Path(place) / "tiny", "tiny")
     for name in names:  # whatever is imported or compiled on the way
-        fit(Path(place) / "tiny", name, 1)
-    print(json.dumps({name: fit(Path(place), name, int(count)) for name in names}))
+        fit(Path(place) / "tiny", name, dtype, 1)
+    print(json.dumps({name: fit(Path(place), name, dtype, int(count)) for name in names}))
