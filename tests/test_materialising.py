@@ -171,6 +171,29 @@ def test_made_before_the_trainer_knows_it(folder: Path) -> None:
     assert_same(loaded, late)
 
 
+class Early(Late):
+    """Has its model from the start, as most modules have."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("early", folder)
+        self.lm = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)
+
+
+def test_a_module_that_knows_nothing_of_it(folder: Path, tmp_path: Path) -> None:
+    """And its checkpoint is one like all others."""
+    loaded = Late("loaded", folder)
+    fit(loaded, offload(), max_epochs=1)
+    run = trainer(offload(), max_epochs=1)
+    with run.init_module(empty_init=True):
+        module = Early(folder)
+    run.fit(module)
+    assert_same(loaded, module)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = Early.load_from_checkpoint(tmp_path / "last.ckpt", folder=folder)
+    again.losses = module.losses
+    assert_same(module, again)
+
+
 # Names.
 
 
