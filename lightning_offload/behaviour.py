@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
-from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -25,9 +24,19 @@ from typing_extensions import override
 
 from lightning_offload.attaching import make_lanes
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
+from lightning_offload.materialising import (
+    bring_rest,
+    find_in_checkpoint,
+    find_weights,
+    forget_weights,
+    is_made,
+    quiet_about_meta,
+    refuse_early_copies,
+)
 from lightning_offload.memory.budget import Machine, cap_device
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.memory.peers import Alone, Peers
+from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.base import Attached
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
@@ -114,8 +123,11 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Parameters are made in host memory: the device may be too small for all of them."""
-        with _EmptyInit(enabled=bool(empty_init)), torch.device("cpu"), self.precision_plugin.tensor_init_context():
+        """Parameters are made in host memory, as the device may be too small for all of them; empty ones nowhere."""
+        if empty_init and self.lightning_module is not None:
+            refuse_early_copies(self.lightning_module)
+        where = parameters_on_meta() if empty_init else nullcontext()
+        with where, torch.device("cpu"), self.precision_plugin.tensor_init_context():
             yield
 
     @override
@@ -126,24 +138,29 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
                 f"`{self.root_device.type}`. Pass `Trainer(accelerator='cuda')` or `Trainer(accelerator='cpu')`."
             )
         super().setup_environment()
+        assert self.lightning_module is not None
+        if not is_made(self.lightning_module):
+            refuse_early_copies(self.lightning_module)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
+        assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         self.precision_plugin.use_device(self.root_device)
         self._detach()
         if trainer.state.fn == TrainerFn.FITTING:
-            assert self.lightning_module is not None
             self._settle_settings(self.lightning_module)
         self._cap_device()
+        find_weights(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
             self.engine = None
             self.setup_optimizers(trainer)
             self._attach(trainer)
         else:
             self._prepare_forwards(trainer)
+        bring_rest(self.model, self.root_device, self.precision_plugin.dtypes(self._method()))
         self._convert()
         self.model_to_device()
         self.setup_precision_plugin()
@@ -275,7 +292,12 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     @override
     def teardown(self) -> None:
         self._detach()
+        module = self._lightning_module
+        if module is not None and not is_made(module):  # a setup has failed, and nothing can move it to the CPU
+            forget_weights(module)
+            self._lightning_module = None
         super().teardown()
+        self._lightning_module = module
         self._lift_device_cap()
 
     def _flush(self) -> None:
@@ -308,7 +330,9 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
         assert module is not None
         if strict and not is_overridden("load_state_dict", module, LightningModule):
             compare_weights(module.state_dict(), checkpoint["state_dict"], source="The checkpoint")
-        super().load_model_state_dict(checkpoint, strict=strict)
+        find_in_checkpoint(module, checkpoint["state_dict"])
+        with quiet_about_meta():
+            super().load_model_state_dict(checkpoint, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""

@@ -34,7 +34,7 @@ class May:
 RULES = {
     "errors": May(),
     "numerics": May("errors", "torch", "triton"),
-    "memory": May("errors", "torch psutil"),
+    "memory": May("errors", "torch psutil", "safetensors"),
     "methods": May("errors numerics memory", "torch", "numpy"),
     "windows": May("", "lightning"),
     "precision": May("errors methods", "torch lightning typing_extensions"),
@@ -43,8 +43,10 @@ RULES = {
     "resuming": May("errors methods calibration", "torch lightning"),
     "attaching": May("memory methods resuming windows", "torch lightning"),
     "parts": May("", "torch"),
+    "buffers": May("", "torch lightning"),
+    "materialising": May("errors memory methods windows buffers", "torch lightning"),
     "behaviour": May(
-        "memory methods windows precision checkpoint attaching",
+        "memory methods windows precision checkpoint attaching materialising",
         "torch lightning typing_extensions",
     ),
     "gradient_behaviour": May(

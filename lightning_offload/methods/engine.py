@@ -30,7 +30,7 @@ from lightning_offload.memory.ledger import Span
 from lightning_offload.memory.peers import Alone, Peers, owners
 from lightning_offload.methods.arrivals import Arrivals
 from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepReport, Trained, Verdict
-from lightning_offload.methods.homes import settle, weight_dtype
+from lightning_offload.methods.homes import settle, settled_dtype, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.method import Method, Site
 from lightning_offload.methods.muster import Muster
@@ -495,12 +495,14 @@ class Engine:
         return sum(part.device_bytes for part in self.senders) + self.resident.nbytes
 
     def _require_host(self, machine: Machine, claimed: Sequence[Trained], on_host: Sequence[Trained]) -> None:
-        moving = 0
+        moving = coming = 0
         if self.lanes.device.type != "cpu":  # weights leave host memory for the device as their masters are made
             moving = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.device.type == "cpu")
+        else:  # where they come to stay
+            coming = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.is_meta)
         numel = sum(t.parameter.numel() for t in (*claimed, *on_host))
         machine.require_host(
-            self._arena_bytes(claimed, on_host),
+            self._arena_bytes(claimed, on_host) + coming,
             freed_bytes=moving,
             what=f"method `{self.method.name}` on {numel:,} parameters",
             on_misfit=self.method.settings.on_misfit,
@@ -540,8 +542,7 @@ class Engine:
         for unit in self.units:
             for parameter in unit.parameters.values():
                 if id(parameter) not in trained:
-                    dtype = weight_dtype(parameter, self.dtypes) if parameter.is_floating_point() else parameter.dtype
-                    settle(parameter, self.lanes.device, dtype)
+                    settle(parameter, self.lanes.device, settled_dtype(parameter, self.dtypes))
 
     def _install(self) -> None:
         self._undo += self.arrivals.install()

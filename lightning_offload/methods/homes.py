@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_offload.errors import CheckpointError
 from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.memory.promises import bring
 from lightning_offload.methods.base import DTypes, Flight, Groups, Trained, Verdict
 from lightning_offload.methods.rules import Rule
 from lightning_offload.numerics.native import Kernels
@@ -229,8 +230,14 @@ def weight_dtype(parameter: torch.nn.Parameter, dtypes: DTypes) -> torch.dtype:
     return dtypes.compute or parameter.dtype
 
 
+def settled_dtype(parameter: torch.nn.Parameter, dtypes: DTypes) -> torch.dtype:
+    """The same of one that is not trained, and may be no floating-point number."""
+    return weight_dtype(parameter, dtypes) if parameter.is_floating_point() else parameter.dtype
+
+
 def settle(parameter: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> None:
     """Bring one weight to its device and compute dtype; the ``Parameter`` object stays."""
+    bring(parameter)
     if parameter.device != device or parameter.dtype != dtype:
         parameter.data = parameter.data.to(device, dtype)
 

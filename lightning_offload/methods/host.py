@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, nbytes
+from lightning_offload.memory.promises import bring
 from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import (
     CHUNK_NUMEL,
@@ -118,6 +119,7 @@ class HostOptimizer(HostPart[WeightHome]):
             homes.append(
                 WeightHome(trained=t, wire=wires[at], master=owned[at], states=states[at], step=step, total=totals[at])
             )
+            bring(t.parameter)
             with torch.no_grad():
                 owned[at].copy_(t.parameter.detach().reshape(-1)[: sizes[at]])
             settle(t.parameter, self._lanes.device, weights[at])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, Lanes
+from lightning_offload.memory.promises import bring
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import load_state, settle, weight_dtype
 from lightning_offload.methods.rules import Rule
@@ -128,6 +129,7 @@ class ResidentOptimizer:
     def _make_seat(self, trained: Trained, dtypes: DTypes) -> _Seat:
         parameter, device = trained.parameter, self._lanes.device
         dtype = weight_dtype(parameter, dtypes)
+        bring(parameter)
         with torch.inference_mode(False), torch.no_grad():
             # the master is taken before the weight is rounded
             master = parameter.detach() if dtype == dtypes.master else parameter.detach().to(device, dtypes.master)

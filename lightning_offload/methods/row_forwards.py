@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.base import DTypes, Flight
-from lightning_offload.methods.homes import settle, weight_dtype
+from lightning_offload.methods.homes import settle, settled_dtype, weight_dtype
 from lightning_offload.methods.meft import MEFT, adapters_of
 from lightning_offload.methods.row_source import AdapterRows, Desk, LaneSource
 from lightning_offload.methods.row_tables import Rows
@@ -36,8 +36,7 @@ class RowForwards:
         for unit in units:
             for parameter in unit.parameters.values():
                 if id(parameter) not in own:
-                    dtype = weight_dtype(parameter, dtypes) if parameter.is_floating_point() else parameter.dtype
-                    settle(parameter, lanes.device, dtype)
+                    settle(parameter, lanes.device, settled_dtype(parameter, dtypes))
         homes = [
             AdapterRows.on(
                 lanes,

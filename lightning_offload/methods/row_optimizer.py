@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, Place, nbytes, shared_buffers
+from lightning_offload.memory.promises import bring
 from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import load_state, weight_dtype
 from lightning_offload.methods.row_source import STAY, AdapterRows, Desk, LaneSource, Placement
@@ -301,6 +302,7 @@ class RowOptimizer(Sender):
         kinds += [(torch.float32, "host")] * (1 + len(self._rule.states))
         kinds += [(shown, "pinned" if stays else "host")] * rounded
         master, total, *others = (t.view(shape) for t in shared_buffers(self._lanes, name, [numel] * len(kinds), kinds))
+        bring(parameter)
         with torch.no_grad():
             master.copy_(parameter.detach())
         parameter.data = master

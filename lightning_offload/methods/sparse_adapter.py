@@ -300,7 +300,7 @@ def attach_parameters(
         module: Any module with a decoder inside.
         targets: See ``find_ffns``.
         layers: Likewise.
-        device: Of the adapters; None: where each FFN is.
+        device: Of the adapters; None: where each FFN is, or in host memory where that has no values yet.
         dtype: Of the adapters.
         **settings: Of ``AdapterSettings``.
 
@@ -317,7 +317,8 @@ def attach_parameters(
     module.requires_grad_(False)
     adapters = []
     for ffn in ffns:
-        at = device or next(ffn.entry.parameters()).device
+        beside = next(ffn.entry.parameters()).device
+        at = device or (torch.device("cpu") if beside.type == "meta" else beside)
         made = SparseAdapter(ffn.path, ffn.hidden_size, asked, forwards, device=at, dtype=dtype)
         ffn.holder.add_module("meft", made)
         attachment.handles.extend(made.hook(ffn))

@@ -21,6 +21,7 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.memory.arena import aligned
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import Event, Lanes, lane_context, nbytes
+from lightning_offload.memory.promises import bring
 
 DTypeOf = Callable[[nn.Parameter], torch.dtype]
 
@@ -480,6 +481,7 @@ class Streaming:
             sizes = [leaf.parameter.numel() for leaf in leaves]
             label = f"{berth.unit.name or 'model'}.{name}.{dtype}"
             for leaf, rest in zip(leaves, self._lanes.buffers(label, sizes, dtype, place), strict=True):  # type: ignore[arg-type]
+                bring(leaf.parameter)
                 rest.copy_(leaf.parameter.detach().reshape(-1))
                 leaf.rest = rest
                 leaf.show(rest)
