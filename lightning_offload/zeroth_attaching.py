@@ -159,7 +159,8 @@ def _loss(output: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise OffloadError(
             f"`training_step` returned {type(output).__name__}; method `zo2` needs the loss of every batch, a tensor "
-            "or a dictionary with 'loss'"
+            "or a dictionary with 'loss'. Leave batches out in the dataloader, or return a loss of NaN, which skips the "
+            "step."
         )
     return loss
 

@@ -209,7 +209,8 @@ class ZerothEngine:
         """Make an update of the losses since the last step; weights take it when they are next on the device.
 
         Raises:
-            NonFiniteError: More than ``max_skips`` steps in a row had a loss that is not finite.
+            NonFiniteError: More than ``max_skips`` steps in a row had a loss that is not finite, or one where torch
+                is to detect anomalies.
         """
         if not self._sums:
             return
@@ -237,6 +238,13 @@ class ZerothEngine:
             reordered_total=self.report.reordered_total + self._reordered,
         )
         self._reordered = False
+        if not finite and torch.is_anomaly_enabled():
+            raise NonFiniteError(
+                f"Step {self._steps} had a loss that is not finite (l+ = {self.report.loss_plus}, l- = "
+                f"{self.report.loss_minus}), and `detect_anomaly=True` makes the first one an error. No weight was "
+                "changed. Look at the batch and at the learning rate; without `detect_anomaly` up to `max_skips` such "
+                "steps in a row are left out."
+            )
         if self.report.skipped:
             self._skip()
             return

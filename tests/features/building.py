@@ -1,0 +1,151 @@
+"""How modules are made and compiled, in which precision, with which plugins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from torch import nn
+
+from lightning_offload import OffloadPrecision
+from tests.features.arm import Arm
+from tests.features.registry import Refusal, feature
+
+
+class BuiltLate:
+    def __init__(self, **build: Any) -> None:
+        super().__init__(**build)
+        self.kept = self.net
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net, made = type(self.kept)(), self.kept
+            del self.kept
+            self.net.load_state_dict(made.state_dict())
+
+
+@feature("`configure_model`")
+def configure_model(strategy: Arm) -> None:
+    module = strategy.lit(BuiltLate)
+    run = strategy.fit(module)
+    assert strategy.same(module, strategy.trained())
+    run.save_checkpoint(strategy.folder / "a.ckpt")
+    other = strategy.lit(BuiltLate)
+    strategy.trainer(limit_val_batches=1).validate(other, ckpt_path=strategy.folder / "a.ckpt", verbose=False)
+    assert strategy.same(other, module)
+
+
+@feature("`trainer.init_module()`: host memory, the precision's dtype")
+def init_module(strategy: Arm) -> None:
+    for precision, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16)):
+        run = strategy.trainer(precision=precision)
+        with run.init_module():
+            module = strategy.lit()
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        assert {p.device.type for p in module.parameters()} == {"cpu"}
+        run.fit(module)
+        assert run.global_step == 10
+
+
+@feature("`precision=\"32-true\"`, `\"bf16-true\"`, `\"bf16-mixed\"`")
+def precisions(strategy: Arm) -> None:
+    for precision, dtype in (
+        ("32-true", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("bf16-mixed", torch.float32),
+    ):
+        module = strategy.lit()
+        run = strategy.fit(module, precision=precision)
+        assert run.precision == precision
+        assert isinstance(run.precision_plugin, OffloadPrecision)
+        assert module.net.head.weight.dtype == dtype
+        assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+HALF = Refusal(
+    ValueError,
+    r"precision='16-true'\)` is not supported.*gradients in float16|precision='16-true'\)` is not supported.*must be",
+    "gradients in float16 overflow without a scaler: `bf16-true`, or zo2, which has none",
+)
+
+
+@feature("`precision=\"16-true\"`", full_offload=HALF, lsp_offload=HALF, meft_offload=HALF)
+def half(strategy: Arm) -> None:
+    module = strategy.lit()
+    strategy.fit(module, precision="16-true")
+    assert module.net.head.weight.dtype == torch.float16
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+OTHERS = Refusal(
+    ValueError,
+    "is not supported. `precision` must be one of",
+    "not among the supported: `32-true`, `bf16-true`, `bf16-mixed`, and `16-true` for zo2",
+)
+
+
+@feature("`precision=\"64-true\"`, `\"16-mixed\"`, `\"transformer-engine\"`", OTHERS)
+def other_precisions(strategy: Arm) -> None:
+    scaled = MixedPrecision("bf16-mixed", "cpu")
+    scaled.precision = "16-mixed"  # on the CPU a Trainer takes bf16 in its place
+    with pytest.raises(ValueError, match=r"'16-mixed'\)` is not supported. `precision` must be one of"):
+        strategy.trainer(plugins=[scaled])
+    strategy.trainer(precision="64-true")
+
+
+@feature("`plugins=`: precision, checkpoint IO")
+def plugins(strategy: Arm) -> None:
+    run = strategy.trainer(plugins=[HalfPrecision("bf16-true"), TorchCheckpointIO()])
+    assert isinstance(run.precision_plugin, OffloadPrecision)
+    module = strategy.lit()
+    run.fit(module)
+    assert module.net.head.weight.dtype == torch.bfloat16
+    run.save_checkpoint(strategy.folder / "a.ckpt")
+    assert type(run.strategy.checkpoint_io) is TorchCheckpointIO
+    other = strategy.lit()
+    run = strategy.trainer(precision="bf16-true", limit_val_batches=1)
+    run.validate(other, ckpt_path=strategy.folder / "a.ckpt", verbose=False)
+    assert strategy.same(other, module)
+
+
+class Tied:
+    def __init__(self, **build: Any) -> None:
+        super().__init__(**build)
+        self.net.head.weight = self.net.embed.weight
+
+
+@feature("tied weights")
+def tied(strategy: Arm) -> None:
+    module = strategy.lit(Tied)
+    strategy.fit(module)
+    assert module.net.head.weight is module.net.embed.weight
+    assert torch.equal(module.net.head.weight, module.net.embed.weight)
+    assert strategy.moved(module)
+
+
+@feature("`torch.compile` of each block")
+def compiled_blocks(strategy: Arm) -> None:
+    module = strategy.lit()
+    for block in module.net.blocks:
+        block.compile(backend="eager")
+    strategy.fit(module, max_epochs=1)
+    assert strategy.same(module, strategy.trained(max_epochs=1))
+
+
+class Silent:
+    """Whole-module compilation fails in Lightning itself where `self.log` is in it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net.loss(batch)
+
+
+@feature("`torch.compile` of the whole module")
+def compiled_module(strategy: Arm) -> None:
+    module = strategy.lit(Silent)
+    compiled: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
+    strategy.fit(compiled, max_epochs=1)
+    assert strategy.same(module, strategy.trained(max_epochs=1))
