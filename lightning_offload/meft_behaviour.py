@@ -114,7 +114,8 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
             warn_of_new_adapters(self.strategy_name)
             return
         if self.engine is not None:
-            restore_rows(self.engine, checkpoint["state_dict"])
+            assert self.lightning_module is not None
+            restore_rows(self.engine, self.lightning_module.trainer, checkpoint)
         super().load_optimizer_state_dict(checkpoint)
 
 

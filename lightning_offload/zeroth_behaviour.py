@@ -26,6 +26,7 @@ from lightning_offload.zeroth_attaching import (
     resolved,
     run_micro_batch,
     unpack_zeroth,
+    warn_of_gradient_hooks,
 )
 
 HASHED_SILENTLY_BYTES = 8 * GIB
@@ -98,6 +99,7 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
         assert self.lightning_module is not None
+        warn_of_gradient_hooks(self.strategy_name, self.lightning_module)
         trainer: Any = self.lightning_module.trainer
         if self.log_file is not None and not trainer.fast_dev_run:  # which leaves nothing behind
             self._open_log(self.log_file, self.engine)

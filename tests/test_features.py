@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.features import FEATURES, NAMES
+from tests.features import FEATURES
 from tests.features.arm import Arm
-from tests.features.registry import Feature
+from tests.features.registry import NAMES, Feature
 
 
 @pytest.mark.parametrize("name", NAMES)

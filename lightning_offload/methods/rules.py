@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_offload.errors import CheckpointError
+from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.numerics.adam import adam_, sgd_
 from lightning_offload.numerics.native import Kernels
 
@@ -43,6 +43,20 @@ class Rule:
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Of Adam's kind, as its functions take them."""
         return _hyper(group, self.decoupled)
+
+
+def refuse_new_groups(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Have ``optimizer.add_param_group`` raise an ``OffloadError``; what is returned undoes it."""
+
+    def refuse(group: dict[str, Any]) -> None:
+        raise OffloadError(
+            "`optimizer.add_param_group` was called after setup, but host memory is laid out per group and cannot "
+            "grow. Create all groups in `configure_optimizers` (parameters may be frozen by lr=0)."
+        )
+
+    held: Any = optimizer
+    held.add_param_group = refuse
+    return lambda: held.__dict__.pop("add_param_group", None)
 
 
 def rule_for(optimizer: torch.optim.Optimizer, kernels: Kernels | None = None) -> Rule:

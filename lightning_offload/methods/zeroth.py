@@ -33,7 +33,7 @@ from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.lockstep import Lockstep
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
 from lightning_offload.methods.perturbed import Perturbed, Stream
-from lightning_offload.methods.rules import frozen_groups
+from lightning_offload.methods.rules import frozen_groups, refuse_new_groups
 from lightning_offload.methods.steplog import Entry, Header, hash_weights
 from lightning_offload.methods.streaming import Leaf
 from lightning_offload.methods.uses import Recorder, Uses
@@ -211,9 +211,11 @@ class ZerothEngine:
         Raises:
             NonFiniteError: More than ``max_skips`` steps in a row had a loss that is not finite, or one where torch
                 is to detect anomalies.
+            OffloadError: Other parameters are to be trained than at first.
         """
         if not self._sums:
             return
+        self._refuse_changes()
         self.lanes.mark("step")
         self._step(clip)
         self.lanes.mark("")
@@ -539,7 +541,19 @@ class ZerothEngine:
             self.module.register_state_dict_pre_hook(lambda *_: flush()).remove,
             self.module.register_load_state_dict_pre_hook(lambda *_: flush()).remove,
             self.module.register_load_state_dict_post_hook(lambda *_: restart()).remove,
+            refuse_new_groups(self.optimizer),
         ]
+
+    def _refuse_changes(self) -> None:
+        trained = {id(leaf.parameter) for leaf in self.trained}
+        changed = trained ^ _groups_of(self.module, self.optimizer).keys()
+        if not changed:
+            return
+        name, now = next((n, p.requires_grad) for n, p in self.module.named_parameters() if id(p) in changed)
+        raise OffloadError(
+            f"`{name}.requires_grad` has become {now} since training was set up, when it was decided which weights are "
+            "moved. Set it before `fit`, or start a new `fit`."
+        )
 
     def _require_host(self, machine: Machine, resident: set[int]) -> None:
         streamed = [p for unit in self.units if unit.index not in resident for p in unit.parameters.values()]

@@ -1,6 +1,8 @@
 """What keeps working under the strategies: the list behind `tests/test_features.py` and the README's table."""
 
-from tests.features import building, callbacks, checkpoints, interrupting, reporting, running, stepping
-from tests.features.registry import FEATURES, NAMES, feature_rows, refusal_rows
+from tests.features import building, callbacks, checkpoints, interrupting, launching, reporting, running, stepping
+from tests.features.registry import REGISTERED
 
-__all__ = ["FEATURES", "NAMES", "feature_rows", "refusal_rows"]
+ORDER = (running, interrupting, stepping, checkpoints, callbacks, reporting, building, launching)
+FEATURES = [known for part in ORDER for known in REGISTERED if known.run.__module__ == part.__name__]
+"""In the order of the table."""

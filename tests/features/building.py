@@ -51,7 +51,7 @@ def init_module(strategy: Arm) -> None:
         assert run.global_step == 10
 
 
-@feature("`precision=\"32-true\"`, `\"bf16-true\"`, `\"bf16-mixed\"`")
+@feature('`precision="32-true"`, `"bf16-true"`, `"bf16-mixed"`')
 def precisions(strategy: Arm) -> None:
     for precision, dtype in (
         ("32-true", torch.float32),
@@ -73,7 +73,7 @@ HALF = Refusal(
 )
 
 
-@feature("`precision=\"16-true\"`", full_offload=HALF, lsp_offload=HALF, meft_offload=HALF)
+@feature('`precision="16-true"`', full_offload=HALF, lsp_offload=HALF, meft_offload=HALF)
 def half(strategy: Arm) -> None:
     module = strategy.lit()
     strategy.fit(module, precision="16-true")
@@ -88,7 +88,7 @@ OTHERS = Refusal(
 )
 
 
-@feature("`precision=\"64-true\"`, `\"16-mixed\"`, `\"transformer-engine\"`", OTHERS)
+@feature('`precision="64-true"`, `"16-mixed"`, `"transformer-engine"`', OTHERS)
 def other_precisions(strategy: Arm) -> None:
     scaled = MixedPrecision("bf16-mixed", "cpu")
     scaled.precision = "16-mixed"  # on the CPU a Trainer takes bf16 in its place

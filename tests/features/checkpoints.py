@@ -105,7 +105,7 @@ def train_time_interval(strategy: Arm) -> None:
     from datetime import timedelta
 
     names = saves(strategy, train_time_interval=timedelta(seconds=0))[0]
-    assert names == sorted(f"step={step}" for step in range(2, 11))
+    assert names == sorted(f"step={step}" for step in range(1, 11))
     resumes(strategy, strategy.folder / "saved" / "step=4.ckpt")
 
 
@@ -117,7 +117,7 @@ def monitor(strategy: Arm) -> None:
     assert float(saving.best_model_score) <= float(run.callback_metrics["val/loss"])
 
 
-@feature("`ModelCheckpoint(save_last=True)` and `\"link\"`")
+@feature('`ModelCheckpoint(save_last=True)` and `"link"`')
 def save_last(strategy: Arm) -> None:
     assert saves(strategy, save_last=True, every_n_epochs=1)[0] == ["last", "step=10", "step=5"]
     one, other = (read(strategy.folder / "saved" / f"{name}.ckpt") for name in ("last", "step=10"))
