@@ -47,7 +47,7 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
         self._torn = False
         module, method = self.lightning_module, self._method()
         assert module is not None
-        if not self._claims_anything(method):
+        if not self.optimizers[0].param_groups or not self._claims_anything(method):  # none: there is no optimizer
             rank_zero_warn(
                 f"`{type(self).__name__}` found no trained parameter with at least "
                 f"min_numel={method.settings.min_numel:,} elements: nothing is offloaded and the optimizer runs as it "

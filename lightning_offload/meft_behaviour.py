@@ -175,7 +175,7 @@ def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -
 
 def add_missing(who: str, optimizer: Optimizer, module: LightningModule) -> None:
     """Put parameters of adapters that ``configure_optimizers`` left out into the first group, and say so."""
-    if missing := join(optimizer, module):
+    if optimizer.param_groups and (missing := join(optimizer, module)):
         rank_zero_info(
             f"{who}: `configure_optimizers` left {len(missing)} parameters of adapters out ({missing[0]}, ...): "
             "they join its first group"

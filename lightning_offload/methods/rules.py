@@ -45,6 +45,19 @@ class Rule:
         return _hyper(group, self.decoupled)
 
 
+def refuse_step_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Look for hooks on the step of ``optimizer``, which an engine never calls.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            "Hooks on the optimizer's step (`register_step_pre_hook`, `register_step_post_hook`) would never run: "
+            "`optimizer.step` is not called. Use Lightning's `on_before_optimizer_step` or `on_train_batch_end`."
+        )
+
+
 def refuse_new_groups(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     """Have ``optimizer.add_param_group`` raise an ``OffloadError``; what is returned undoes it."""
 
@@ -70,11 +83,7 @@ def rule_for(optimizer: torch.optim.Optimizer, kernels: Kernels | None = None) -
         ValueError: A class or an option that cannot be offloaded, with the list of what can.
     """
     kind = type(optimizer)
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        raise ValueError(
-            "Hooks on the optimizer's step (`register_step_pre_hook`, `register_step_post_hook`) would never run: "
-            "`optimizer.step` is not called. Use Lightning's `on_before_optimizer_step` or `on_train_batch_end`."
-        )
+    refuse_step_hooks(optimizer)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
             raise ValueError(

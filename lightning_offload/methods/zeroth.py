@@ -33,7 +33,7 @@ from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.lockstep import Lockstep
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
 from lightning_offload.methods.perturbed import Perturbed, Stream
-from lightning_offload.methods.rules import frozen_groups, refuse_new_groups
+from lightning_offload.methods.rules import frozen_groups, refuse_new_groups, refuse_step_hooks
 from lightning_offload.methods.steplog import Entry, Header, hash_weights
 from lightning_offload.methods.streaming import Leaf
 from lightning_offload.methods.uses import Recorder, Uses
@@ -600,12 +600,18 @@ def _groups_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int,
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
+    if not optimizer.param_groups:
+        raise ValueError(
+            "`configure_optimizers` returned no optimizer, which method `zo2` takes its parameters and learning rate "
+            "from. Return `torch.optim.SGD(params, lr=1e-6)`."
+        )
     if kind is not torch.optim.SGD:
         raise ValueError(
             f"`{kind.__name__}` cannot be used with method `zo2`: it has no gradients to keep moments of, and moments "
             "would take two or three times the memory of the weights. Return `torch.optim.SGD(params, lr=1e-6)` from "
             "`configure_optimizers`."
         )
+    refuse_step_hooks(optimizer)
     for option in ("momentum", "dampening", "nesterov", "maximize"):
         if any(group[option] for group in optimizer.param_groups):
             raise ValueError(f"`SGD({option}=...)` cannot be used with method `zo2`: leave `{option}` out")

@@ -133,7 +133,10 @@ class Arm:
         """Whether training has changed a weight, or filled an adapter's values, which begin as zeros."""
         fresh = weights(self.base().net)
         now = weights(module.net)  # type: ignore[arg-type]
-        return any(not torch.equal(now[n], fresh[n]) if n in fresh else bool(now[n].any()) for n in now)
+        return any(
+            not torch.equal(value, fresh[n]) if n in fresh else n.endswith("values") and bool(value.any())
+            for n, value in now.items()
+        )
 
 
 @cache

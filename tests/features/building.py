@@ -8,10 +8,11 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_offload import OffloadPrecision
-from tests.features.arm import Arm
+from tests.features.arm import Arm, ByIndex
 from tests.features.registry import Refusal, feature
 
 
@@ -149,3 +150,40 @@ def compiled_module(strategy: Arm) -> None:
     compiled: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
     strategy.fit(compiled, max_epochs=1)
     assert strategy.same(module, strategy.trained(max_epochs=1))
+
+
+@feature("`trainer.init_module(empty_init=True)`, weights from a checkpoint")
+def empty_init(strategy: Arm) -> None:
+    path, run = strategy.folder / "a.ckpt", strategy.trainer(limit_val_batches=1)
+    strategy.fit(strategy.lit(ByIndex), max_epochs=1).save_checkpoint(path)
+    with run.init_module(empty_init=True):
+        module = strategy.lit(ByIndex)
+    run.fit(module, ckpt_path=path)
+    assert strategy.same(module, strategy.trained(ByIndex))
+
+
+ONE_DEVICE = Refusal(
+    MisconfigurationException,
+    "runs on exactly one device, found 2. Pass `Trainer\\(",
+    "one device: `Trainer(devices=1)`",
+)
+
+
+@feature("`Trainer(devices=2)`, `num_nodes=2`", ONE_DEVICE)
+def devices(strategy: Arm) -> None:
+    with pytest.raises(MisconfigurationException, match="runs on exactly one device, found `num_nodes=2`"):
+        strategy.trainer(num_nodes=2)
+    strategy.fit(strategy.lit(), devices=2)
+
+
+@feature("`Trainer(inference_mode=False)`")
+def inference_mode(strategy: Arm) -> None:
+    class Looks:
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.found = torch.is_inference_mode_enabled()
+
+    module, run = strategy.lit(Looks), strategy.trainer(inference_mode=False, limit_val_batches=1)
+    run.validate(module, verbose=False)
+    assert module.found is False
+    run.fit(module)
+    assert strategy.same(module, strategy.trained())

@@ -161,8 +161,8 @@ def asynchronous(strategy: Arm) -> None:
 
 STORAGE = Refusal(
     TypeError,
-    "storage_options.*`OffloadCheckpointIO`",
-    "`storage_options`: the streaming `OffloadCheckpointIO` knows none; pass `plugins=[TorchCheckpointIO()]`",
+    "`storage_options`.*not supported.*`OffloadCheckpointIO`.*implement your custom `CheckpointIO`",
+    "as under Lightning's own `TorchCheckpointIO`: pass a `CheckpointIO` of your own among `plugins=`",
 )
 
 
@@ -231,3 +231,38 @@ def hooks(strategy: Arm) -> None:
     assert torch.equal(other.net.head.weight, head)
     assert strategy.moved(other)
     assert weights(other).keys() == weights(first).keys()
+
+
+@feature("state of callbacks and of data modules in checkpoints")
+def own_state(strategy: Arm) -> None:
+    class Counts(L.Callback):
+        steps = 0
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.steps += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.steps = state["steps"]
+
+    class Data(L.LightningDataModule):
+        seen = 0
+
+        def train_dataloader(self) -> Any:
+            return strategy.lit().train_dataloader()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": 7}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.seen = state["seen"]
+
+    path, counts, data = strategy.folder / "a.ckpt", Counts(), Data()
+    run = strategy.trainer(callbacks=[Counts()], max_epochs=1)
+    run.fit(strategy.lit(), datamodule=Data())
+    run.save_checkpoint(path)
+    strategy.trainer(callbacks=[counts]).fit(strategy.lit(), datamodule=data, ckpt_path=path)
+    assert counts.steps == 10
+    assert data.seen == 7

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import lightning as L
+import pytest
 import yaml
 from hydra.utils import instantiate
 from lightning.pytorch.cli import LightningCLI

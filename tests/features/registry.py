@@ -25,7 +25,7 @@ class Refusal:
         reason: For the README: why, and what to do.
     """
 
-    error: type[Exception]
+    error: type[Exception] | tuple[type[Exception], ...]
     message: str
     reason: str
 
@@ -51,7 +51,7 @@ class Feature:
             self.run(arm)
             return
         with warnings.catch_warnings():
-            if issubclass(refusal.error, Warning):
+            if isinstance(refusal.error, type) and issubclass(refusal.error, Warning):
                 warnings.filterwarnings("error", category=refusal.error, message=f"(?s).*{refusal.message}")
             with pytest.raises(refusal.error, match=f"(?s){refusal.message}"):
                 self.run(arm)
