@@ -89,7 +89,7 @@ OTHERS = Refusal(
 )
 
 
-@feature('`precision="64-true"`, `"16-mixed"`, `"transformer-engine"`', OTHERS)
+@feature('`precision="64-true"`, `"16-mixed"`', OTHERS)
 def other_precisions(strategy: Arm) -> None:
     scaled = MixedPrecision("bf16-mixed", "cpu")
     scaled.precision = "16-mixed"  # on the CPU a Trainer takes bf16 in its place

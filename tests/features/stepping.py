@@ -19,27 +19,29 @@ from tests.features.registry import Refusal, feature
 
 
 def stepped(strategy: Arm, **step: Any) -> Any:
-    """After twenty steps as the Trainer's flags say: the bits of the same update in memory, under a plain Trainer."""
+    """After steps as the Trainer's flags say: the bits of the same update in memory, under a plain Trainer."""
     return _stepped(strategy.name, **step)
 
 
 @cache
-def _stepped(name: str, *, schedule: str | None = None, **step: Any) -> Any:
+def _stepped(name: str, *, schedule: str | None = None, max_epochs: int = 2, **step: Any) -> Any:
     strategy = Arm(name, Path())
-    ours, epochs = strategy.lit(schedule=schedule, samples=10), 4 * step.get("accumulate_grad_batches", 1)
-    run = strategy.fit(ours, max_epochs=epochs, **step)
+    ours = strategy.lit(schedule=schedule)
+    run = strategy.fit(ours, max_epochs=max_epochs, **step)
     in_memory = strategy.in_memory(dict(step), schedule=schedule)
-    in_memory.samples = 10
+    in_memory.samples = ours.samples
     flags = step if strategy.name == "full_offload" else {}
-    other = strategy.fit(in_memory, "auto", max_epochs=epochs, **flags)
-    assert run.global_step == other.global_step >= 20
+    other = strategy.fit(in_memory, "auto", max_epochs=max_epochs, **flags)
+    assert run.global_step == other.global_step
     assert strategy.same(ours, in_memory)
+    ours.steps = run.global_step
     return ours
 
 
 @feature("the numbers of training in memory: accumulation, clipping, warm-up, twenty steps, bit for bit")
 def in_memory(strategy: Arm) -> None:
-    stepped(strategy, accumulate_grad_batches=2, gradient_clip_val=0.05, schedule="step")
+    step = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "schedule": "step"}
+    assert stepped(strategy, max_epochs=7, **step).steps == 21
 
 
 @feature("`accumulate_grad_batches`")
@@ -125,8 +127,8 @@ class OwnClipping:
 @feature("`configure_gradient_clipping`, `clip_gradients`")
 def own_clipping(strategy: Arm) -> None:
     module = strategy.lit(OwnClipping)
-    run = strategy.fit(module, max_epochs=4)
-    assert module.asked == run.global_step == 20
+    run = strategy.fit(module)
+    assert module.asked == run.global_step == 10
     assert not strategy.same(module, stepped(strategy))
     if strategy.name != "lsp_offload":  # whose own way is to clip what crosses the link
         assert strategy.same(module, stepped(strategy, gradient_clip_val=0.05))
@@ -283,8 +285,8 @@ BY_ITSELF = Refusal(
 @feature("manual optimization, as users write it", zo2_offload=BY_ITSELF)
 def manual(strategy: Arm) -> None:
     module = strategy.lit(Manual)
-    assert strategy.fit(module, max_epochs=4).global_step == 20
-    assert strategy.same(module, strategy.trained(OwnClipping, max_epochs=4))
+    assert strategy.fit(module).global_step == 10
+    assert strategy.same(module, strategy.trained(OwnClipping))
 
 
 ONE_OPTIMIZER = Refusal(
@@ -354,7 +356,7 @@ class ByMixin(OffloadMixin):
 @feature("`OffloadMixin`: the numbers of automatic optimization")
 def mixin(strategy: Arm) -> None:
     module = strategy.lit(ByMixin)
-    assert strategy.fit(module, max_epochs=8).global_step == 24
+    assert strategy.fit(module).global_step == 6
     assert strategy.same(module, stepped(strategy, accumulate_grad_batches=2, gradient_clip_val=0.05))
 
 
