@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lightning_offload import OffloadPrecision
 from tests.features.arm import Arm, ByIndex
@@ -126,30 +125,6 @@ def tied(strategy: Arm) -> None:
     assert module.net.head.weight is module.net.embed.weight
     assert torch.equal(module.net.head.weight, module.net.embed.weight)
     assert strategy.moved(module)
-
-
-@feature("`torch.compile` of each block")
-def compiled_blocks(strategy: Arm) -> None:
-    module = strategy.lit()
-    for block in module.net.blocks:
-        block.compile(backend="eager")
-    strategy.fit(module, max_epochs=1)
-    assert strategy.same(module, strategy.trained(max_epochs=1))
-
-
-class Silent:
-    """Whole-module compilation fails in Lightning itself where `self.log` is in it."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.net.loss(batch)
-
-
-@feature("`torch.compile` of the whole module")
-def compiled_module(strategy: Arm) -> None:
-    module = strategy.lit(Silent)
-    compiled: nn.Module = torch.compile(module, backend="eager")  # type: ignore[assignment]
-    strategy.fit(compiled, max_epochs=1)
-    assert strategy.same(module, strategy.trained(max_epochs=1))
 
 
 @feature("`trainer.init_module(empty_init=True)`, weights from a checkpoint")
