@@ -67,6 +67,10 @@ IN_MEMORY: dict[str, Callable[..., Lit]] = {
 }
 
 
+DEPTH = 2
+"""Blocks of a module."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One strategy, and a folder for what its runs leave.
@@ -99,6 +103,7 @@ class Arm:
 
         An optimizer of the parameters that are trained, as most people write it.
         """
+        build = {"depth": DEPTH, **build}
         if self.name == "meft_offload":
             build = {"make_optimizer": trained_alone, **build}
         made: Any = type("Lit", (*kinds, self.base), {})(**build)
@@ -122,7 +127,8 @@ class Arm:
 
     def in_memory(self, step: dict[str, Any], **build: Any) -> Any:
         """A module that trains by the same update under a plain Trainer, its step described by ``step``."""
-        return IN_MEMORY[self.name](step, **build) if self.name in IN_MEMORY else WholeLit(**build)
+        make = IN_MEMORY.get(self.name, lambda _, **build: WholeLit(**build))
+        return make(step, depth=DEPTH, **build)
 
     def same(self, one: nn.Module, other: nn.Module) -> bool:
         """Whether two modules have the same weights, bit for bit."""
@@ -131,7 +137,7 @@ class Arm:
 
     def moved(self, module: nn.Module) -> bool:
         """Whether training has changed a weight, or filled an adapter's values, which begin as zeros."""
-        fresh = weights(self.base().net)
+        fresh = weights(self.base(depth=DEPTH).net)
         now = weights(module.net)  # type: ignore[arg-type]
         return any(
             not torch.equal(value, fresh[n]) if n in fresh else n.endswith("values") and bool(value.any())

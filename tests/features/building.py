@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_offload import OffloadPrecision
-from tests.features.arm import Arm, ByIndex
+from tests.features.arm import DEPTH, Arm, ByIndex
 from tests.features.registry import Refusal, feature
 
 
@@ -23,7 +23,7 @@ class BuiltLate:
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
-            self.net, made = type(self.kept)(), self.kept
+            self.net, made = type(self.kept)(depth=DEPTH), self.kept
             del self.kept
             self.net.load_state_dict(made.state_dict())
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from tests.features.arm import Arm, ByIndex, weights
+from tests.features.arm import DEPTH, Arm, ByIndex, weights
 from tests.features.registry import Refusal, feature
 from tests.meft_lit import attach
 
@@ -187,7 +187,7 @@ def load_from_checkpoint(strategy: Arm) -> None:
     module = strategy.lit(OnDisk)
     module.hparams["size"] = 7
     strategy.fit(module).save_checkpoint(strategy.folder / "a.ckpt")
-    loaded = type(module).load_from_checkpoint(strategy.folder / "a.ckpt", weights_only=True)
+    loaded = type(module).load_from_checkpoint(strategy.folder / "a.ckpt", weights_only=True, depth=DEPTH)
     assert loaded.hparams["size"] == 7
     assert strategy.same(loaded, module)
     assert all(p.device.type == "cpu" for p in loaded.parameters())
