@@ -92,16 +92,6 @@ def look_for_zeroth_readers(who: str, trainer: Trainer, module: LightningModule)
     return window
 
 
-def warn_of_gradient_hooks(who: str, module: nn.Module) -> None:
-    """Hooks on parameters themselves never run."""
-    hooked = [n for n, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
-    if hooked:
-        rank_zero_warn(
-            f"{who}: hooks on gradients (of `{hooked[0]}`{', ...' if len(hooked) > 1 else ''}) never run: zo2 has "
-            "none. Remove them."
-        )
-
-
 def run_micro_batch(engine: ZerothEngine, module: nn.Module, run: Callable[[Any], Any], batch: Any) -> Tensor:
     """All forwards of one micro-batch; returns l+, detached.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_offload.attaching import warn_of_gradient_hooks
 from lightning_offload.memory.budget import GIB
 from lightning_offload.methods.forwards import StreamedForwards
 from lightning_offload.methods.steplog import Entry, LogFile, check_log_file
@@ -26,7 +27,6 @@ from lightning_offload.zeroth_attaching import (
     resolved,
     run_micro_batch,
     unpack_zeroth,
-    warn_of_gradient_hooks,
 )
 
 HASHED_SILENTLY_BYTES = 8 * GIB
@@ -99,7 +99,9 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
         assert self.lightning_module is not None
-        warn_of_gradient_hooks(self.strategy_name, self.lightning_module)
+        named = self.lightning_module.named_parameters()
+        hooked = [name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks]
+        warn_of_gradient_hooks(self.strategy_name, hooked, "zo2 has none. Remove them.")
         trainer: Any = self.lightning_module.trainer
         if self.log_file is not None and not trainer.fast_dev_run:  # which leaves nothing behind
             self._open_log(self.log_file, self.engine)

@@ -47,7 +47,7 @@ class Hooked:
     def on_fit_start(self) -> None:
         self.fired = 0
         for name, p in self.named_parameters():
-            if name.endswith(("norm.weight", "router")) and p.requires_grad:
+            if name.endswith(("norm.weight", "keys")) and p.requires_grad:
                 p.register_hook(self._fired)
 
     def _fired(self, gradient: Tensor) -> Tensor:
@@ -57,12 +57,18 @@ class Hooked:
 
 NO_GRADIENT_HOOKS = Refusal(
     UserWarning,
-    "hooks on gradients .*never run: zo2 has none. Remove them",
+    "hooks on the gradients of .*never run: zo2 has none. Remove them",
     "zo2 has no gradients: hooks on parameters never run, which is said; remove them",
+)
+HOOKED_ROWS = Refusal(
+    UserWarning,
+    "hooks on the gradients of `.*keys`.*never run: rows are fetched.*`on_before_optimizer_step`",
+    "rows of adapters are fetched one by one: hooks on `keys` and `values` never run, which is said (those on routers "
+    'do); read `.grad` in `on_before_optimizer_step`. The same of weights under lsp with `form="activations"`',
 )
 
 
-@feature("gradient hooks on parameters (`register_hook`)", zo2_offload=NO_GRADIENT_HOOKS)
+@feature("gradient hooks on parameters (`register_hook`)", zo2_offload=NO_GRADIENT_HOOKS, meft_offload=HOOKED_ROWS)
 def gradient_hooks(strategy: Arm) -> None:
     module = strategy.lit(Hooked)
     strategy.fit(module)

@@ -149,3 +149,32 @@ def in_hook(strategy: Arm) -> None:
     with pytest.raises(KeyError, match="mine"):
         run.fit(module)
     goes_on(strategy, module, run)
+
+
+@feature("an exception in `validation_step` or `configure_optimizers`, and a new run after it")
+def elsewhere(strategy: Arm) -> None:
+    class Evaluates(Interrupted):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super(Interrupted, self).training_step(batch, batch_idx)  # type: ignore[misc]
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)  # type: ignore[misc]
+            if self.error is not None and batch_idx:
+                raise self.error("mine")
+
+        def configure_optimizers(self) -> Any:
+            if self.error is not None:
+                raise self.error("mine")
+            return super().configure_optimizers()  # type: ignore[misc]
+
+    module, run = strategy.lit(Evaluates), strategy.trainer(limit_val_batches=2)
+    for begin in (run.validate, run.fit):
+        with pytest.raises(KeyError, match="mine"):
+            begin(module)
+    module.error = None
+    (found,) = run.validate(module, verbose=False)
+    assert found == strategy.trainer("auto", limit_val_batches=2).validate(module, verbose=False)[0]
+    again = strategy.lit(Evaluates)
+    again.error = None
+    strategy.fit(again, run.strategy, accelerator="auto")
+    assert strategy.same(again, strategy.trained())

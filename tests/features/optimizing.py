@@ -171,3 +171,19 @@ class Unfreezes:
 @feature("`requires_grad` changed while training", LAID_OUT)
 def unfreezes(strategy: Arm) -> None:
     strategy.fit(strategy.lit(Unfreezes))
+
+
+GROUPS = Refusal(
+    OffloadError,
+    "`optimizer.add_param_group` was called after setup.*Create all groups in `configure_optimizers`",
+    "host memory is laid out per group: create all groups in `configure_optimizers`, with `lr=0` for what comes later",
+)
+
+
+@feature("`optimizer.add_param_group` while training", GROUPS)
+def new_groups(strategy: Arm) -> None:
+    class Grows:
+        def on_train_epoch_start(self) -> None:
+            self.trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+
+    strategy.fit(strategy.lit(Grows))
