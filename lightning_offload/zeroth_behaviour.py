@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_offload.attaching import warn_of_gradient_hooks
 from lightning_offload.memory.budget import GIB
 from lightning_offload.methods.forwards import StreamedForwards
 from lightning_offload.methods.steplog import Entry, LogFile, check_log_file
@@ -22,6 +21,7 @@ from lightning_offload.resting import WeightsAtRest
 from lightning_offload.windows import writes_while_evaluating
 from lightning_offload.zeroth_attaching import (
     attach_zeroth,
+    look_for_gradient_hooks,
     look_for_zeroth_readers,
     pack_zeroth,
     resolved,
@@ -99,9 +99,7 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
         assert self.lightning_module is not None
-        named = self.lightning_module.named_parameters()
-        hooked = [name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks]
-        warn_of_gradient_hooks(self.strategy_name, hooked, "zo2 has none. Remove them.")
+        look_for_gradient_hooks(self.strategy_name, self.lightning_module)
         trainer: Any = self.lightning_module.trainer
         if self.log_file is not None and not trainer.fast_dev_run:  # which leaves nothing behind
             self._open_log(self.log_file, self.engine)
