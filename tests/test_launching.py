@@ -52,8 +52,8 @@ for way in (by_command_line, by_target):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: each way must begin without the import")
-def test_class_path_and_target_need_no_import() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_IMPORT], capture_output=True, text=True)
+def test_class_path_and_target_need_no_import(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_IMPORT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
