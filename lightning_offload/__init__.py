@@ -14,9 +14,13 @@ from lightning_offload.mixins import OffloadMixin
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.registry import register
 from lightning_offload.strategies import (
+    FullOffloadDDPStrategy,
     FullOffloadStrategy,
+    LSPOffloadDDPStrategy,
     LSPOffloadStrategy,
+    MEFTOffloadDDPStrategy,
     MEFTOffloadStrategy,
+    ZO2OffloadDDPStrategy,
     ZO2OffloadStrategy,
 )
 from lightning_offload.tracing import OffloadTimeline
@@ -30,10 +34,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "FullOffloadDDPStrategy",
     "FullOffloadStrategy",
     "LSPMixin",
+    "LSPOffloadDDPStrategy",
     "LSPOffloadStrategy",
     "MEFTMixin",
+    "MEFTOffloadDDPStrategy",
     "MEFTOffloadStrategy",
     "OffloadMixin",
     "OffloadPrecision",
@@ -42,6 +49,7 @@ __all__ = [
     "OffloadTimeline",
     "Plan",
     "ZO2Mixin",
+    "ZO2OffloadDDPStrategy",
     "ZO2OffloadStrategy",
     "export_to_hf",
     "load_meft_adapter",

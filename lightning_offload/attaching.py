@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_offload.memory.arena import LARGE_BYTES, HostMemory
@@ -16,6 +17,7 @@ from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.cuda import cuda_lanes
 from lightning_offload.memory.lanes import InlineLanes, Lanes
+from lightning_offload.memory.peers import Peers
 from lightning_offload.methods.base import DTypes, Trained
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.meft import MEFTSettings
@@ -26,6 +28,7 @@ from lightning_offload.resuming import chosen_before
 from lightning_offload.windows import Window, find_window
 
 MakeLanes = Callable[[Machine, CommonSettings], Lanes]
+Agree = Callable[[Any], Any]
 
 
 def make_lanes(device: torch.device, machine: Machine, settings: CommonSettings) -> Lanes:
@@ -38,11 +41,12 @@ def make_lanes(device: torch.device, machine: Machine, settings: CommonSettings)
     return cuda_lanes(memory, device, threads if isinstance(threads, int) else None)
 
 
-def machine_for(module: LightningModule, settings: CommonSettings, device: torch.device) -> Machine:
-    """What there is for training ``module``, within the caps of ``settings``."""
+def machine_for(module: LightningModule, settings: CommonSettings, device: torch.device, ranks: int = 1) -> Machine:
+    """What there is for one of ``ranks`` processes here that train ``module``, within the caps of ``settings``."""
     if 16 * sum(p.numel() for p in module.parameters()) >= LARGE_BYTES:
         gc.collect()  # a Trainer is a reference cycle: what an earlier one held counts as available
-    return Machine.detect(device).capped(device_bytes=settings.max_device_bytes, host_bytes=settings.max_host_bytes)
+    machine = Machine.detect(device).shared_by(ranks)
+    return machine.capped(device_bytes=settings.max_device_bytes, host_bytes=settings.max_host_bytes)
 
 
 def attach(
@@ -55,6 +59,8 @@ def attach(
     make_lanes: MakeLanes,
     *,
     uses: Uses | None = None,
+    peers: Peers | None = None,
+    agree: Agree = lambda settings: settings,
 ) -> Engine:
     """An engine on ``module`` and the Trainer's optimizer, with every ``"auto"`` resolved and said.
 
@@ -67,14 +73,18 @@ def attach(
         device: Where it computes.
         make_lanes: The lanes.
         uses: What a plan has found out about the forward.
+        peers: The other ranks.
+        agree: What all ranks have settled on.
     """
-    machine = machine_for(module, method.settings, device)
+    machine = machine_for(module, method.settings, device, local_ranks(trainer))
     units = partition(module, method.settings.blocks)
     reasons = method.resolve(
         module, units, machine, dtypes, accumulates=accumulates(trainer, module), before=chosen_before(trainer)
     )
     for reason in reasons:
         rank_zero_info(f"{who}: {reason}")
+    settled: Any = method  # which alone may change them
+    settled.settings = agree(method.settings)
     engine = Engine(
         module,
         trainer.strategy.optimizers[0],
@@ -85,10 +95,17 @@ def attach(
         expects_clip=bool(expected_clip(trainer, module)),
         uses=uses,
         units=units,
+        peers=peers,
     )
     if engine.own is not None:
         rank_zero_info(f"{who}: {placement(engine)}")
     return engine
+
+
+def local_ranks(trainer: Trainer) -> int:
+    """Processes of this training on this machine."""
+    strategy = trainer.strategy
+    return strategy.num_processes if isinstance(strategy, DDPStrategy) else 1
 
 
 def look_for_readers(who: str, trainer: Trainer, module: LightningModule, settings: CommonSettings) -> Window:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.strategy import Strategy
@@ -25,6 +27,7 @@ from lightning_offload.attaching import make_lanes
 from lightning_offload.checkpoint import OffloadCheckpointIO, compare_weights
 from lightning_offload.memory.budget import Machine, cap_device
 from lightning_offload.memory.lanes import Lanes
+from lightning_offload.memory.peers import Alone, Peers
 from lightning_offload.methods.base import Attached
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
@@ -32,6 +35,7 @@ from lightning_offload.precision import AnyMethod, OffloadPrecision
 from lightning_offload.windows import Window
 
 AnyEngine = TypeVar("AnyEngine", bound=Attached)
+Settings = TypeVar("Settings", bound=CommonSettings)
 
 
 class OffloadBehaviour(Strategy, Generic[AnyEngine]):
@@ -39,6 +43,12 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
 
     The user's optimizer stays ``strategy.optimizers[0]`` and carries learning rate, betas, decay and groups; its
     state lives in the engine. While an engine is attached the masters are the truth about trained weights.
+
+    Args:
+        settings: Of the method, by name.
+        accelerator: As for every Lightning strategy.
+        checkpoint_io: As for every Lightning strategy.
+        precision_plugin: As for every Lightning strategy.
 
     Attributes:
         engine: The engine of the running, or of the last, ``fit``; ``None`` where nothing is offloaded.
@@ -55,7 +65,21 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     """The settings that are not at their defaults, as they were given."""
     _window = Window()
     _adopt_due = False
+    _peers: Peers = Alone()
     _uncap: Callable[[], None] | None = None
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        defaults = {field.name: field.default for field in fields(self.settings_type)}
+        self._given = {name: value for name, value in settings.items() if value != defaults[name]}
+        self.settings = self.settings_type(**self._given)
+        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
 
     # Precision and checkpoints: whatever the Trainer brings becomes ours.
 
@@ -195,6 +219,10 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
                     f"{name}={self._given[name]!r}: say it in one place"
                 )
         self.settings = self.settings_type(**{**self._given, **own})
+
+    def _agree(self, settings: Settings) -> Settings:
+        """What all ranks have settled on."""
+        return settings
 
     def _cap_device(self) -> None:
         gib = self.settings.max_device_gib

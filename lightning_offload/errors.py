@@ -23,6 +23,10 @@ class NonFiniteError(OffloadError):
     """Too many steps in a row had a non-finite gradient."""
 
 
+class PeersLostError(OffloadError):
+    """Another process of a training on several devices is gone, or far behind."""
+
+
 class RaceError(OffloadError):
     """Two unordered accesses to one buffer, found by ``CheckedLanes``."""
 

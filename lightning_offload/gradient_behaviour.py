@@ -64,6 +64,8 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
             self.root_device,
             self._make_lanes,
             uses=self.uses,
+            peers=self._peers,
+            agree=self._agree,
         )
         # before anything runs: the sanity check's hooks may write weights already
         self._window = look_for_readers(self.strategy_name, trainer, module, method.settings)
@@ -135,6 +137,8 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
         if module.automatic_optimization:
             self.begin_micro_batch(last=True)
         result = closure()
+        if engine.gradients_visible:
+            engine.meet(visible=True)
         self.precision_plugin._after_closure(module, optimizer)
         engine.step(self.precision_plugin.take_clip())
         self._torn = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,32 +28,16 @@ from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2Settings
+from lightning_offload.ranks import SeveralDevices
 from lightning_offload.zeroth_behaviour import ZerothBehaviour
 
 
 class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
-    """The behaviour on exactly one device: the first that the Trainer offers.
+    """The behaviour on exactly one device: the first that the Trainer offers."""
 
-    Args:
-        settings: Of the method, by name.
-        accelerator: As for every Lightning strategy.
-        checkpoint_io: As for every Lightning strategy.
-        precision_plugin: As for every Lightning strategy.
-    """
-
-    def __init__(
-        self,
-        settings: Mapping[str, Any],
-        *,
-        accelerator: Accelerator | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-    ) -> None:
-        defaults = {field.name: field.default for field in fields(self.settings_type)}
-        self._given = {name: value for name, value in settings.items() if value != defaults[name]}
-        self.settings = self.settings_type(**self._given)
+    def __init__(self, settings: Mapping[str, Any], **of_lightning: Any) -> None:
         self._devices: list[torch.device] = []
-        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        super().__init__(settings, **of_lightning)
 
     @property
     def parallel_devices(self) -> list[torch.device]:
@@ -79,7 +62,8 @@ class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
     def num_nodes(self, nodes: int) -> None:
         if nodes != 1:
             raise MisconfigurationException(
-                f"`{type(self).__name__}` runs on exactly one device, found `num_nodes={nodes}`. Remove `num_nodes`."
+                f"`{type(self).__name__}` runs on exactly one device, found `num_nodes={nodes}`. Remove `num_nodes`, "
+                f"or pass `Trainer(strategy='{self.strategy_name}_ddp')`."
             )
 
     @override
@@ -93,7 +77,7 @@ class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
         if world > 1 and "LOCAL_RANK" in os.environ:
             raise MisconfigurationException(
                 f"`{type(self).__name__}` runs on exactly one device, but was launched as one of {world} processes. "
-                "Start it without `torchrun`."
+                f"Start it without `torchrun`, or pass `Trainer(strategy='{self.strategy_name}_ddp')`."
             )
         super().setup_environment()
 
@@ -109,7 +93,8 @@ class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
         if trainer._accelerator_connector._devices_flag != self.accelerator.auto_device_count():
             raise MisconfigurationException(
                 f"`{type(self).__name__}` runs on exactly one device, found {len(self._devices)}. Pass "
-                f"`Trainer(devices=1, strategy={self.strategy_name!r})`."
+                f"`Trainer(devices=1, strategy={self.strategy_name!r})`, or `strategy='{self.strategy_name}_ddp'` for "
+                "all of them."
             )
         rank_zero_warn(
             f"`{type(self).__name__}` runs on one device: of the {len(self._devices)} found it uses "
@@ -117,7 +102,7 @@ class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
         )
 
 
-class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
+class FullOffload(GradientBehaviour):
     """Exact AdamW (Adam, SGD) with optimizer state, fp32 masters and the step itself in host memory.
 
     The LightningModule stays as it is: clipping, accumulation, schedulers, callbacks and checkpoints keep working.
@@ -144,7 +129,7 @@ class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         ValueError: A setting that cannot work.
     """
 
-    strategy_name: ClassVar[str] = "full_offload"  # type: ignore[misc]  # an instance variable in Lightning
+    strategy_name: ClassVar[str] = "full_offload"
     settings_type = FullSettings
 
     def __init__(
@@ -190,7 +175,7 @@ class FullOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         return Full(self.settings)
 
 
-class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
+class LSPOffload(GradientBehaviour):
     """AdamW in a d x d subspace of each linear weight, in host memory: d x d numbers cross the link, not whole weights.
 
     The LightningModule stays as it is, with ``torch.optim.AdamW``. What is not a linear weight of the blocks is trained
@@ -239,7 +224,7 @@ class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         ValueError: A setting that cannot work.
     """
 
-    strategy_name: ClassVar[str] = "lsp_offload"  # type: ignore[misc]  # as above
+    strategy_name: ClassVar[str] = "lsp_offload"
     settings_type = LSPSettings
 
     def __init__(
@@ -328,7 +313,7 @@ class LSPOffloadStrategy(GradientBehaviour, OneDevice[Engine]):
         return True
 
 
-class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
+class ZO2Offload(ZerothBehaviour):
     """Fine-tuning by forwards alone, of models whose weights live in host memory and visit the device block by block.
 
     The LightningModule stays as it is, with ``torch.optim.SGD``: its own ``training_step`` runs twice per micro-batch,
@@ -347,6 +332,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         prefetch: Units that come up ahead.
         resident: What stays on the device beside what is no block: ``"auto"``, GiB, or names of units.
         seed: Of philox noise; ``None`` is torch's initial seed.
+        direction_ranks: Of several devices, those among which the directions of a batch are shared out.
         log_file: Where the log of updates is written as the run goes; with the weights that the run began with it is
             the whole fine-tune (``replay``).
         min_numel: Smaller units stay on the device.
@@ -367,7 +353,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         ValueError: A setting that cannot work.
     """
 
-    strategy_name: ClassVar[str] = "zo2_offload"  # type: ignore[misc]  # as above
+    strategy_name: ClassVar[str] = "zo2_offload"
     settings_type = ZO2Settings
 
     def __init__(
@@ -384,6 +370,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         prefetch: int = 1,
         resident: Literal["auto"] | float | Sequence[str] = "auto",
         seed: int | None = None,
+        direction_ranks: int = 1,
         min_numel: int = 4096,
         blocks: Sequence[str | type[nn.Module]] | None = None,
         pin_memory: bool | Literal["auto"] = "auto",
@@ -413,6 +400,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
                 "prefetch": prefetch,
                 "resident": resident,
                 "seed": seed,
+                "direction_ranks": direction_ranks,
                 "min_numel": min_numel,
                 "blocks": blocks,
                 "pin_memory": pin_memory,
@@ -430,7 +418,7 @@ class ZO2OffloadStrategy(ZerothBehaviour, OneDevice[ZerothEngine]):
         )
 
 
-class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
+class MEFTOffload(MEFTBehaviour):
     """A very wide sparse adapter beside each feed-forward network, whose rows and their AdamW live in host memory.
 
     The LightningModule stays as it is, with ``torch.optim.AdamW``; its own weights are frozen. Of the rows only those
@@ -473,7 +461,7 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         ValueError: A setting that cannot work.
     """
 
-    strategy_name: ClassVar[str] = "meft_offload"  # type: ignore[misc]  # as above
+    strategy_name: ClassVar[str] = "meft_offload"
     settings_type = MEFTSettings
 
     def __init__(
@@ -544,9 +532,55 @@ class MEFTOffloadStrategy(MEFTBehaviour, OneDevice[Engine]):
         )
 
 
+class FullOffloadStrategy(FullOffload, OneDevice[Engine]):  # noqa: D101
+    __doc__ = FullOffload.__doc__
+
+
+class LSPOffloadStrategy(LSPOffload, OneDevice[Engine]):  # noqa: D101
+    __doc__ = LSPOffload.__doc__
+
+
+class ZO2OffloadStrategy(ZO2Offload, OneDevice[ZerothEngine]):  # noqa: D101
+    __doc__ = ZO2Offload.__doc__
+
+
+class MEFTOffloadStrategy(MEFTOffload, OneDevice[Engine]):  # noqa: D101
+    __doc__ = MEFTOffload.__doc__
+
+
+class FullOffloadDDPStrategy(SeveralDevices[Engine], FullOffload):
+    """`FullOffloadStrategy` on several devices; see `SeveralDevices` for what it takes beside that one's arguments."""
+
+    strategy_name: ClassVar[str] = "full_offload_ddp"
+
+
+class LSPOffloadDDPStrategy(SeveralDevices[Engine], LSPOffload):
+    """`LSPOffloadStrategy` on several devices; see `SeveralDevices` for what it takes beside that one's arguments."""
+
+    strategy_name: ClassVar[str] = "lsp_offload_ddp"
+
+
+class ZO2OffloadDDPStrategy(SeveralDevices[ZerothEngine], ZO2Offload):
+    """`ZO2OffloadStrategy` on several devices; see `SeveralDevices` for what it takes beside that one's arguments."""
+
+    strategy_name: ClassVar[str] = "zo2_offload_ddp"
+
+
+class MEFTOffloadDDPStrategy(SeveralDevices[Engine], MEFTOffload):
+    """`MEFTOffloadStrategy` on several devices; see `SeveralDevices` for what it takes beside that one's arguments."""
+
+    strategy_name: ClassVar[str] = "meft_offload_ddp"
+
+
 STRATEGIES: tuple[type[OneDevice[Any]], ...] = (
     FullOffloadStrategy,
     LSPOffloadStrategy,
     ZO2OffloadStrategy,
     MEFTOffloadStrategy,
+)
+DDP_STRATEGIES: tuple[type[SeveralDevices[Any]], ...] = (
+    FullOffloadDDPStrategy,
+    LSPOffloadDDPStrategy,
+    ZO2OffloadDDPStrategy,
+    MEFTOffloadDDPStrategy,
 )

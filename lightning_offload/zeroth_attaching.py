@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_offload.attaching import MakeLanes, machine_for, warn_of_gradient_hooks
+from lightning_offload.attaching import Agree, MakeLanes, local_ranks, machine_for, warn_of_gradient_hooks
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
+from lightning_offload.memory.peers import Peers
 from lightning_offload.methods.base import DTypes
 from lightning_offload.methods.engine import METHOD
 from lightning_offload.methods.uses import Uses
@@ -32,7 +33,7 @@ def resolved(
     who: str, trainer: Trainer, module: LightningModule, method: ZO2, dtypes: DTypes, device: torch.device
 ) -> tuple[Machine, list[Unit]]:
     """The machine and the module's units; every ``"auto"`` of ``method`` is chosen and said."""
-    machine = machine_for(module, method.settings, device)
+    machine = machine_for(module, method.settings, device, local_ranks(trainer))
     units = partition(module, method.settings.blocks)
     for reason in method.resolve(units, machine, dtypes, before=chosen_before(trainer)):
         rank_zero_info(f"{who}: {reason}")
@@ -49,6 +50,8 @@ def attach_zeroth(
     make_lanes: MakeLanes,
     *,
     uses: Uses | None = None,
+    peers: Peers | None = None,
+    agree: Agree = lambda settings: settings,
 ) -> ZerothEngine:
     """An engine on ``module`` and the Trainer's optimizer.
 
@@ -61,12 +64,15 @@ def attach_zeroth(
         device: Where it computes.
         make_lanes: The lanes.
         uses: What a plan has found out about the forward.
+        peers: The other ranks.
+        agree: What all ranks have settled on.
 
     Raises:
         MisconfigurationException: A module whose step cannot run several times.
     """
     _check_module(module)
     machine, units = resolved(who, trainer, module, method, dtypes, device)
+    method.settings = agree(method.settings)
     return ZerothEngine(
         module,
         trainer.strategy.optimizers[0],
@@ -76,6 +82,7 @@ def attach_zeroth(
         machine=machine,
         uses=uses,
         units=units,
+        peers=peers,
     )
 
 

@@ -78,6 +78,8 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
             self.root_device,
             self._make_lanes,
             uses=self.uses,
+            peers=self._peers,
+            agree=self._agree,
         )
         self._window = look_for_zeroth_readers(self.strategy_name, trainer, module)
         self._resumed = False

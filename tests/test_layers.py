@@ -55,13 +55,15 @@ RULES = {
     "zeroth_behaviour": May("memory methods windows resting zeroth_attaching", "torch lightning typing_extensions"),
     "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
+    "ranks": May("memory methods behaviour", "torch lightning typing_extensions"),
     "resting": May("behaviour", "lightning typing_extensions"),
     "meft_behaviour": May(
         "memory methods windows checkpoint resuming attaching resting gradient_behaviour",
         "torch lightning typing_extensions",
     ),
     "strategies": May(
-        "behaviour gradient_behaviour meft_behaviour zeroth_behaviour methods", "torch lightning typing_extensions"
+        "behaviour gradient_behaviour meft_behaviour zeroth_behaviour ranks methods",
+        "torch lightning typing_extensions",
     ),
     "registry": May("strategies", "lightning"),
     "mixins": May("gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods", "torch lightning"),

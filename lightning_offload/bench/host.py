@@ -133,14 +133,8 @@ def _full(shapes: Shapes, kernels: Kernels | None) -> dict[str, Phase]:
 def _full_step(shapes: Shapes, dtype: torch.dtype, kernels: Kernels | None) -> Callable[[], Any]:
     """The host functions alone, unit by unit, without the copies."""
     trained, optimizer = _trained(shapes)
-    host = HostOptimizer(
-        trained,
-        rule_for(optimizer, kernels),
-        InlineLanes(HostMemory(pin=False)),
-        DTypes(compute=dtype),
-        accumulate_on_host=False,
-        wants_norms=False,
-    )
+    lanes, rule = InlineLanes(HostMemory(pin=False)), rule_for(optimizer, kernels)
+    host = HostOptimizer(trained, Site(rule, lanes, DTypes(compute=dtype), False, False))
     return lambda: host.step_all(frozen_groups(optimizer), Verdict(None, False, 1))
 
 

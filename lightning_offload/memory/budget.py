@@ -180,6 +180,22 @@ class Machine:
             rates=rates,
         )
 
+    def shared_by(self, ranks: int) -> Machine:
+        """What there is for each of so many processes of one training."""
+        if ranks == 1:
+            return self
+        return replace(
+            self,
+            host_available_bytes=self.host_available_bytes // ranks,
+            host_limit=f"{self.host_limit}, shared by {ranks} ranks",
+            lockable_bytes=self.lockable_bytes // ranks,
+            lockable_limit=f"{self.lockable_limit}, shared by {ranks} ranks",
+            physical_cores=max(1, self.physical_cores // ranks),
+            affinity_cores=max(1, self.affinity_cores // ranks),
+            numa_cores=max(1, self.numa_cores // ranks),
+            torch_threads=max(1, self.torch_threads // ranks),
+        )
+
     def capped(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Machine:
         """The same machine as if it had no more than this; what it has less of stays as it is.
 

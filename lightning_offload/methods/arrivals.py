@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import Lanes
+from lightning_offload.memory.peers import Alone, Peers
 from lightning_offload.methods.base import Flight
 from lightning_offload.methods.marks import Marks
 from lightning_offload.methods.uses import Recorder, Uses
@@ -33,14 +34,24 @@ class Arrivals:
         units: Its units.
         lanes: Where weights arrive.
         uses: What a dry run has found out; what the first forward shows is added to it.
+        peers: The other ranks; units then land in one order on all of them, for weights come from their owners.
     """
 
-    def __init__(self, module: nn.Module, units: Sequence[Unit], lanes: Lanes, uses: Uses | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        units: Sequence[Unit],
+        lanes: Lanes,
+        uses: Uses | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        self._peers: Peers = peers or Alone()
         self.flights = [Flight(unit.index) for unit in units]
         self.uses = Uses()
         self.marks = Marks(lanes)
         self._module, self._units = module, units
         self._early: set[int] = set()
+        self._line = list(self.flights)
         # compiled code may take hooks and weights apart as it likes, and a function mode would break it
         self._compiled = any(is_compiled(module) for unit in units for module in unit.module.modules())
         self._learned = False
@@ -58,7 +69,7 @@ class Arrivals:
     def forward(self) -> Iterator[None]:
         """Around one forward of training."""
         for index in self._early:
-            self.flights[index].land()
+            self._land(self.flights[index])
         if self._compiled:
             self.publish()
         if self._learned or self._compiled:
@@ -72,15 +83,21 @@ class Arrivals:
 
     def enter(self, flight: Flight, *, recomputed: bool) -> None:
         """A module that needs the unit's weights is about to run; in backward it is a recomputation."""
-        flight.land()
+        self._land(flight)
         self.marks.unit(flight, recomputed=recomputed)
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
-        for flight in self.flights:
+        for flight in self._line:
             flight.land()
 
+    def _land(self, flight: Flight) -> None:
+        ahead = self._line[: self._line.index(flight)] if self._peers.world > 1 else []
+        for other in (*ahead, flight):
+            other.land()
+
     def _learn(self, uses: Uses) -> None:
+        uses = self._peers.first(uses)
         index = {unit.name: unit.index for unit in self._units}
         self.uses = uses
         self._early |= {index[name] for name in uses.early if name in index}
@@ -89,6 +106,7 @@ class Arrivals:
         for place, name in enumerate(uses.order):
             if name in index:
                 self.flights[index[name]].order = place + 1
+        self._line = sorted(self.flights, key=lambda flight: flight.order)
 
 
 def is_compiled(module: nn.Module) -> bool:

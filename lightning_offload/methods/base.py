@@ -106,6 +106,7 @@ class Trained:
         flight: The unit's weights in flight.
         group: Index of its group in the optimizer.
         position: Place in optimizer order, over all groups.
+        owner: The rank that steps it on its host.
         norm: Device scalar, the norm of this step's gradient, once known.
     """
 
@@ -115,6 +116,7 @@ class Trained:
     flight: Flight
     group: int
     position: int
+    owner: int = 0
     norm: Tensor | None = None
 
     def gradient(self) -> Tensor:

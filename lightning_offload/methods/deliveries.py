@@ -27,7 +27,8 @@ class Parcel:
 
     Attributes:
         flight: The unit's.
-        wires: Where the host has them.
+        deltas: Elements and dtype of each.
+        wires: Where the host has them; None: another rank's host has it.
         made: After this they are there.
         apply: See ``Apply``.
         left: The copy up, once it has been issued.
@@ -35,7 +36,8 @@ class Parcel:
     """
 
     flight: Flight
-    wires: list[Tensor]
+    deltas: list[tuple[int, torch.dtype]]
+    wires: list[Tensor | None]
     made: Event
     apply: Apply
     left: Event | None = None
@@ -94,9 +96,11 @@ class Deliveries:
             return
         parcel = slot.holds = min(slot.waiting, key=lambda parcel: parcel.flight.order)
         slot.waiting.remove(parcel)
+        places = views(slot.buffer, parcel.deltas)
+        mine = [(place, wire) for place, wire in zip(places, parcel.wires, strict=True) if wire is not None]
         parcel.left = self._lanes.copy(
-            views(slot.buffer, parcel.wires),
-            parcel.wires,
+            [place for place, _ in mine],
+            [wire for _, wire in mine],
             "h2d",
             after=[parcel.made, *([slot.free] if slot.free is not None else [])],
             priority=parcel.flight.order,
@@ -114,7 +118,7 @@ class Deliveries:
     def _apply(self, slot: _Slot, parcel: Parcel) -> None:
         assert parcel.left is not None
         self._lanes.wait_compute(parcel.left)
-        parcel.apply(parcel, views(slot.buffer, parcel.wires))
+        parcel.apply(parcel, views(slot.buffer, parcel.deltas))
         slot.holds, slot.free, parcel.landed = None, self._lanes.compute(), True
 
 
@@ -123,10 +127,11 @@ def slot_bytes(wires: Sequence[tuple[int, torch.dtype]]) -> int:
     return sum(aligned(numel * dtype.itemsize) for numel, dtype in wires)
 
 
-def views(buffer: Tensor, wires: Sequence[Tensor]) -> list[Tensor]:
-    """Where each of ``wires`` lies in a slot."""
+def views(buffer: Tensor, deltas: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Where each of ``deltas`` (elements, dtype) lies in a slot."""
     made, start = [], 0
-    for wire in wires:
-        made.append(buffer[start : start + wire.nbytes].view(wire.dtype))
-        start += aligned(wire.nbytes)
+    for numel, dtype in deltas:
+        nbytes = numel * dtype.itemsize
+        made.append(buffer[start : start + nbytes].view(dtype))
+        start += aligned(nbytes)
     return made

@@ -27,11 +27,13 @@ from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.memory.ledger import Span
+from lightning_offload.memory.peers import Alone, Peers, owners
 from lightning_offload.methods.arrivals import Arrivals
 from lightning_offload.methods.base import Clip, DTypes, Moment, Part, StepReport, Trained, Verdict
 from lightning_offload.methods.homes import settle, weight_dtype
 from lightning_offload.methods.host import HostOptimizer
 from lightning_offload.methods.method import Method, Site
+from lightning_offload.methods.muster import Muster
 from lightning_offload.methods.part import form_gradient
 from lightning_offload.methods.resident import ResidentOptimizer
 from lightning_offload.methods.rules import check_groups, frozen_groups, refuse_new_groups, rule_for
@@ -63,6 +65,7 @@ class Engine:
         expects_clip: Whether steps will be clipped, so that norms are taken as gradients leave.
         uses: What a dry run has found out about the forward; learned from the first one all the same.
         units: The module's, where it has been split already.
+        peers: The other ranks, with the same module and optimizer; a parameter is stepped on the host of one of them.
 
     Raises:
         PartitionError: A model or ``blocks`` that cannot be split.
@@ -82,12 +85,15 @@ class Engine:
         expects_clip: bool = False,
         uses: Uses | None = None,
         units: Sequence[Unit] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
+        self.peers: Peers = peers or Alone()
         self.stepping = False
         self.gradients_visible = False
         self.units = list(units) if units is not None else partition(module, method.settings.blocks)
-        self.arrivals = Arrivals(module, self.units, lanes, uses)
+        self.arrivals = Arrivals(module, self.units, lanes, uses, self.peers)
+        self.muster = Muster(self.peers, self._deliver, self._waits, self._forget)
         self.rule = rule_for(optimizer, method.settings.kernels)
         self._expects_clip = expects_clip
         self._steps = 0
@@ -105,16 +111,24 @@ class Engine:
             stays = method.stays(module)
             small = [t for t in others if t.parameter.numel() < settings.min_numel or id(t.parameter) in stays]
             on_host = [t for t in others if t not in small]
+            self._choose_owners([*claimed, *on_host])
             if machine is not None:
                 self._require_host(machine, claimed, on_host)
-            decides_late = expects_clip or (settings.skip_nonfinite and not method.layer_wise)
-            sums_on_host = settings.accumulate == "host"
-            site = Site(self.rule, lanes, dtypes, sums_on_host, decides_late, lambda: self.gradients_visible)
-            self.own = method.make_part(claimed, site)
-            self.host = HostOptimizer(
-                on_host, self.rule, lanes, dtypes, accumulate_on_host=site.accumulate_on_host, wants_norms=decides_late
+            # several ranks decide together: a part of the norms is not known here
+            decides_late = expects_clip or (settings.skip_nonfinite and (not method.layer_wise or self.peers.world > 1))
+            site = Site(
+                self.rule,
+                lanes,
+                dtypes,
+                settings.accumulate == "host",
+                decides_late,
+                lambda: self.gradients_visible,
+                self.peers,
+                self.muster.mean_,
             )
-            self.resident = ResidentOptimizer(small, self.rule, lanes, dtypes)
+            self.own = method.make_part(claimed, site)
+            self.host = HostOptimizer(on_host, site)
+            self.resident = ResidentOptimizer(small, self.rule, lanes, dtypes, self.muster.mean_)
             self.senders: tuple[Sender, ...] = (*([self.own] if self.own is not None else []), self.host)
             self.parts: tuple[Part, ...] = (*self.senders, self.resident)
             self._part_of = {id(t): part for part in self.parts for t in part.trained}
@@ -124,6 +138,7 @@ class Engine:
                 self._tally = Tally(lanes, len(small), settings.max_skips)
             self._verdict: Verdict | None = None
             self._calibrating: Callable[[Trained], None] | None = None
+            self.muster.expect([t for part in self.senders if part.leaves for t in part.trained], self.resident.trained)
             self._settle_frozen()
             self._install()
         except BaseException:
@@ -143,7 +158,7 @@ class Engine:
         """Around one forward of training: each unit waits for its own weights."""
         with self.arrivals.forward(), self.own.forward() if self.own is not None else nullcontext():
             yield
-        if self.own is not None:
+        if self.own is not None or self.peers.world > 1:
             self.publish()  # units that this forward has not used: nothing of a step before is under way in backward
         self.arrivals.marks.forward_done()
 
@@ -154,12 +169,30 @@ class Engine:
         if not part.waits(trained):
             return
         if self._calibrating is not None:
-            self._calibrating(trained)
-            trained.parameter.grad = None
+            self.muster.arrived(trained)
             return
         if self._leaves:
-            part.gradient_ready(trained, self._moment())
+            self.muster.arrived(trained)
         self.arrivals.marks.gradient(trained)
+
+    def _deliver(self, trained: Trained) -> None:
+        """It is this gradient's turn."""
+        if self._calibrating is None:
+            self._part_of[id(trained)].gradient_ready(trained, self._moment())
+            return
+        self.muster.mean_([trained.gradient()], "gradients to fit to")
+        if self.peers.world == 1 or trained.gradient().any():
+            self._calibrating(trained)
+        trained.parameter.grad = None
+
+    def _waits(self, trained: Trained) -> bool:
+        part = self._part_of[id(trained)]
+        return part.waits(trained) if isinstance(part, Sender) else trained.parameter.grad is not None
+
+    def _forget(self, trained: Trained) -> None:
+        part = self._part_of[id(trained)]
+        if isinstance(part, Sender):
+            part.take_back(trained)
 
     def factors_arrived(self, trained: Trained, left: Tensor, right: Tensor) -> None:
         """Backward has found the factors of a gradient, (tokens, m) and (tokens, n), and does not form it.
@@ -192,6 +225,8 @@ class Engine:
                     parameter.grad = None
                 self._calibrating = use
                 backward()
+                self.muster.finish()
+                self.muster.reset()
         finally:
             self._calibrating = None
             for parameter, gradient in kept:
@@ -209,14 +244,16 @@ class Engine:
         """
         self._refuse_strangers()
         self.arrivals.marks.step()
+        self.stepping = True
+        self.meet(visible=False)
         for part in self.parts:
             part.collect(self._steps + 1)
+        self.muster.reset()
         present = [t for t in self.trained if self._part_of[id(t)].has_gradient(t)]
         self.stepping = False
         if not present:
             self.arrivals.marks.done()
             return
-        self._steps += 1
         backward_done = self.lanes.compute()
         verdict = self._decide(clip, present)
         groups = frozen_groups(self.optimizer)
@@ -226,7 +263,24 @@ class Engine:
         if self._tally is not None:
             self._tally.count(verdict, readers)
         self._verdict = None
+        self._steps += 1
         self.arrivals.marks.done()
+
+    def meet(self, *, visible: bool) -> None:
+        """Backward is over: gradients are those of all ranks.
+
+        Args:
+            visible: Others look at them before the step, so all of them are averaged now.
+        """
+        if self.muster.met or self.peers.world == 1:
+            return
+        self.publish()  # where nothing has run forward
+        for part in self.senders:
+            part.meet()
+        if visible:
+            self.muster.meet()
+        else:
+            self.muster.finish()
 
     def publish(self) -> None:
         """Compute issued from here on sees every new weight."""
@@ -263,6 +317,7 @@ class Engine:
             self.flush()
         finally:
             self.stepping, self._verdict = False, None
+            self.muster.reset()
             for part in self.parts:
                 part.drop()
 
@@ -277,6 +332,7 @@ class Engine:
         """Remove everything the engine hung on the module and the optimizer; for those who call it by hand."""
         while self._undo:
             self._undo.pop()()
+        self.muster.release()
 
     def close(self) -> None:
         """Land what is in flight, stop workers, free device buffers; state stays readable. Idempotent."""
@@ -293,13 +349,13 @@ class Engine:
     def weights(self) -> list[tuple[Trained, Tensor]]:
         """Every offloaded weight as a CPU tensor that shares the arenas' memory: no second copy."""
         self.flush()
-        return [(t, self.host.weight_of(t)) for t in self.host.trained]
+        return [(t, self.host.weight_of(t)) for t in self.host.trained if t.owner == self.peers.rank]
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state as ``torch.optim.Optimizer.state_dict`` has it, as CPU tensors."""
         self.flush()
         packed: dict[str, Any] = self.optimizer.state_dict()
-        states = {t.position: self._part_of[id(t)].state_of(t) for t in self.trained}
+        states = {t.position: self.peers.bring(self._part_of[id(t)].state_of(t), t.owner) for t in self.trained}
         packed["state"] = {position: state for position, state in sorted(states.items()) if state}
         return packed
 
@@ -321,30 +377,49 @@ class Engine:
     def extras(self) -> dict[str, Any]:
         """What torch's layout has no place for: masters, gradients of an unfinished window, skips."""
         self.flush()
-        masters = {t.name: m.cpu() for t in self.trained if (m := self._part_of[id(t)].master_of(t)) is not None}
-        gradients = {}
-        for t in self.trained:
-            pending = self._part_of[id(t)].pending_of(t)
-            pending = t.parameter.grad if pending is None else pending
-            if pending is not None:
-                gradients[t.name] = pending.detach().cpu()
+        masters = {
+            t.name: m.cpu() for t in self.trained if (m := self.peers.bring(self._master_of(t), t.owner)) is not None
+        }
+        own = self.own.extras() if self.own is not None else {}
+        owner = {t.name: t.owner for t in self.trained}
         report = self.report
         skips = {"in_a_row": report.skipped_in_a_row, "total": report.skipped_total, "steps": self._steps}
         return {
             METHOD: self.method.name,
             SETTINGS: self.method.decisive(),
-            OWN: self.own.extras() if self.own is not None else {},
+            OWN: {name: self.peers.bring(held, owner[name]) for name, held in own.items()},
             MASTERS: masters,
-            GRADIENTS: gradients,
+            GRADIENTS: self._gradients(),
             SKIPS: skips,
         }
+
+    def _master_of(self, trained: Trained) -> Tensor | None:
+        return self._part_of[id(trained)].master_of(trained)
+
+    @torch.no_grad()
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of an unfinished window; of several ranks the mean, with which each of them may go on."""
+        found = {}
+        for t in self.trained:
+            pending = self._part_of[id(t)].pending_of(t)
+            found[t.name] = t.parameter.grad if pending is None else pending
+        anywhere = self.peers.any([found[t.name] is not None for t in self.trained])
+        gradients = {}
+        for t in (t for t, there in zip(self.trained, anywhere, strict=True) if there):
+            pending = found[t.name]
+            pending = torch.zeros_like(t.parameter) if pending is None else pending.detach()
+            if self.peers.world > 1:
+                pending = pending.clone()
+                self.peers.mean_([pending], "state")
+            gradients[t.name] = pending.cpu()
+        return gradients
 
     @torch.no_grad()
     def load_extras(self, extras: dict[str, Any]) -> None:
         """The inverse of ``extras``, after the weights of the same checkpoint have been loaded."""
         self.flush()
         for t in self.trained:
-            master = self._part_of[id(t)].master_of(t)
+            master = self._master_of(t)
             if master is not None and t.name in extras[MASTERS]:
                 master.copy_(extras[MASTERS][t.name])
                 adopt_(master, t.parameter.to(master.device))  # weights that others had written were saved as written
@@ -388,6 +463,11 @@ class Engine:
                 position += 1
         return trained
 
+    def _choose_owners(self, trained: Sequence[Trained]) -> None:
+        chosen = owners([t.parameter.numel() for t in trained], self.peers.world)
+        for t, owner in zip(trained, chosen, strict=True):
+            t.owner = owner
+
     def host_bytes(self, trained: Sequence[Trained]) -> int:
         """Exactly what the host arenas hold for these parameters."""
         own = {id(t) for t in self.own.trained} if self.own is not None else set()
@@ -397,6 +477,9 @@ class Engine:
 
     def _arena_bytes(self, claimed: Sequence[Trained], on_host: Sequence[Trained]) -> int:
         accumulates = self.method.settings.accumulate == "host"
+        if self.method.shards:
+            claimed = [t for t in claimed if t.owner == self.peers.rank]
+        on_host = [t for t in on_host if t.owner == self.peers.rank]
         common = sum(
             t.parameter.numel()
             * HostOptimizer.bytes_per_element(

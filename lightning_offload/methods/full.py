@@ -34,6 +34,7 @@ class Full:
 
     name: ClassVar[str] = "full"
     layer_wise: ClassVar[bool] = False
+    shards: ClassVar[bool] = True
     rounding: ClassVar[Rounding] = "nearest"
 
     def __init__(self, settings: FullSettings) -> None:

@@ -33,6 +33,7 @@ class Home:
         step: Its own step count, fp32 scalar.
         total: fp32 sum over micro-batches, where they accumulate on the host.
         landed: Copies down of the gradient in ``wire``.
+        idle: Copies down of what was no gradient.
         added: The last addition to ``total``.
         taken: Whether this step has a gradient here.
         final: Whether that gradient is complete and the unit may step under backward.
@@ -45,6 +46,7 @@ class Home:
     step: Tensor
     total: Tensor | None
     landed: list[Event] = field(default_factory=list)
+    idle: list[Event] = field(default_factory=list)
     added: Event | None = None
     taken: bool = False
     final: bool = False

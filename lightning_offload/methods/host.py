@@ -6,7 +6,7 @@ method does not claim).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,11 +58,12 @@ class HostOptimizer(HostPart[WeightHome]):
     def adopt(self) -> None:
         """See ``Part.adopt``."""
         for unit in self._units:
-            weights = [home.trained.parameter.detach() for home in unit.homes]
+            homes = self._mine(unit.homes)
+            weights = [home.trained.parameter.detach() for home in homes]
             landed = self._lanes.copy(
-                [home.source for home in unit.homes], weights, "d2h", after=[self._lanes.compute()], tag="adopt"
+                [home.source for home in homes], weights, "d2h", after=[self._lanes.compute()], tag="adopt"
             )
-            for home in unit.homes:
+            for home in homes:
                 if home.rounded:
                     self._lanes.host(partial(adopt_, home.master, home.wire), after=[landed], tag="adopt")
         self._lanes.synchronize()
@@ -77,12 +78,15 @@ class HostOptimizer(HostPart[WeightHome]):
 
     def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
         """See ``Part.load_state_of``."""
-        load_state(self._rule, self._home[trained.name].step, self._home[trained.name].states, trained, state)
+        if trained.owner == self._peers.rank:
+            home = self._home[trained.name]
+            load_state(self._rule, home.step, home.states, trained, state)
 
     def master_of(self, trained: Trained) -> Tensor | None:
         """See ``Part.master_of``."""
         home = self._home[trained.name]
-        return home.master.view(trained.parameter.shape) if home.rounded else None
+        mine = trained.owner == self._peers.rank
+        return home.master.view(trained.parameter.shape) if home.rounded and mine else None
 
     def pending_of(self, trained: Trained) -> Tensor | None:
         """See ``Part.pending_of``."""
@@ -101,7 +105,7 @@ class HostOptimizer(HostPart[WeightHome]):
 
     def _make_homes(self, members: list[Trained]) -> list[WeightHome]:
         label, masters = members[0].unit.name or "model", self._dtypes.master
-        sizes = [t.parameter.numel() for t in members]
+        sizes = [self._numel_here(t, t.parameter.numel()) for t in members]
         weights = [weight_dtype(t.parameter, self._dtypes) for t in members]
         wires = self._carve(f"{label}.wire", sizes, [(dtype, "pinned") for dtype in weights])
         # a master that is the weight itself comes up directly, so it is page-locked
@@ -115,17 +119,21 @@ class HostOptimizer(HostPart[WeightHome]):
                 WeightHome(trained=t, wire=wires[at], master=owned[at], states=states[at], step=step, total=totals[at])
             )
             with torch.no_grad():
-                owned[at].copy_(t.parameter.detach().reshape(-1))
+                owned[at].copy_(t.parameter.detach().reshape(-1)[: sizes[at]])
             settle(t.parameter, self._lanes.device, weights[at])
             self._lanes.watch(t.name, t.parameter)
         return homes
 
     def _payload(self, home: WeightHome, moment: Moment) -> Tensor:
-        return home.trained.gradient().reshape(-1)
+        gradient = home.trained.gradient().reshape(-1)
+        self._mean_([gradient], self._what)
+        return gradient
 
     def _recall(self, home: WeightHome) -> None:
         parameter = home.trained.parameter
-        first = home.wire.view(parameter.shape).to(parameter.device)
+        if home.trained.owner != self._peers.rank:
+            return
+        first = home.wire.view(parameter.shape).to(parameter.device, copy=True).mul_(self._peers.world)
         parameter.grad = first.add_(home.trained.gradient())
 
     def _host_step(self, homes: list[WeightHome], groups: Groups, verdict: Verdict) -> None:
@@ -141,14 +149,21 @@ class HostOptimizer(HostPart[WeightHome]):
         return home.rounded and home.total is None and self._rule.fused is None
 
     def _launch(self, unit: UnitHomes[WeightHome], backward_done: Event) -> None:
-        taken, lanes = unit.taken, self._lanes
+        taken, mine = unit.taken, self._mine(unit.taken)
         assert unit.stepped is not None
-        arrived = unit.arrived = lanes.copy(
-            [home.trained.parameter.detach() for home in taken],
-            [home.source for home in taken],
-            "h2d",
-            after=[unit.stepped, backward_done],  # backward still reads the old weights
-            priority=unit.flight.order,
-            tag="weights",
-        )
-        unit.flight.launch(lambda: lanes.wait_compute(arrived))
+        if mine:
+            unit.arrived = self._lanes.copy(
+                [home.trained.parameter.detach() for home in mine],
+                [home.source for home in mine],
+                "h2d",
+                after=[unit.stepped, backward_done],  # backward still reads the old weights
+                priority=unit.flight.order,
+                tag="weights",
+            )
+        unit.flight.launch(partial(self._arrive, taken, unit.arrived if mine else None))
+
+    def _arrive(self, homes: Sequence[WeightHome], arrived: Event | None) -> None:
+        if arrived is not None:
+            self._lanes.wait_compute(arrived)
+        for home in homes:
+            self._peers.share_([home.trained.parameter.detach()], home.trained.owner, "weights")

@@ -181,6 +181,7 @@ class LSP:
 
     name: ClassVar[str] = "lsp"
     layer_wise: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     rounding: ClassVar[Rounding] = "stochastic"
 
     def __init__(self, settings: LSPSettings) -> None:

@@ -182,6 +182,7 @@ class MEFT:
 
     name: ClassVar[str] = "meft"
     layer_wise: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
     rounding: ClassVar[Rounding] = "nearest"
 
     def __init__(self, settings: MEFTSettings) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import GIB, Machine
 from lightning_offload.memory.lanes import Lanes
+from lightning_offload.memory.peers import Alone, Peers
 from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.homes import weight_dtype
 from lightning_offload.methods.rules import Rule
@@ -29,6 +30,8 @@ class Site:
         accumulate_on_host: Micro-batches add up on the host.
         wants_norms: Steps are decided by all norms together.
         gradients_visible: Whether users look at ``p.grad`` between backward and step.
+        peers: The other ranks.
+        mean_: Makes tensors their means over ranks, unless these have met already.
     """
 
     rule: Rule
@@ -37,6 +40,8 @@ class Site:
     accumulate_on_host: bool
     wants_norms: bool
     gradients_visible: Callable[[], bool] = bool
+    peers: Peers = field(default_factory=Alone)
+    mean_: Callable[[Sequence[Tensor], str], None] = lambda tensors, what: None
 
 
 class Method(Protocol):
@@ -46,11 +51,13 @@ class Method(Protocol):
         name: Of the method.
         layer_wise: Without clipping every parameter is decided by itself, so that it need not wait for the others.
         rounding: How a 16-bit weight takes a finer step, unless the user says otherwise.
+        shards: Whether of several ranks each steps a part of what it claims; else every rank steps all of it.
         settings: What was asked for; after ``resolve`` without ``"auto"``.
     """
 
     name: ClassVar[str]
     layer_wise: ClassVar[bool]
+    shards: ClassVar[bool]
     rounding: ClassVar[Rounding]
 
     @property

@@ -7,21 +7,23 @@ projected ones in ``subspace.py``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.memory.lanes import Event, Lanes, shared_buffers
+from lightning_offload.memory.lanes import Event, shared_buffers
 from lightning_offload.memory.slots import Ring
-from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
+from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
 from lightning_offload.methods.homes import AnyHome, UnitHomes
-from lightning_offload.methods.rules import Rule
 from lightning_offload.methods.sender import FactorsArrived, Sender
 from lightning_offload.numerics.norms import gradient_norm
+
+if TYPE_CHECKING:
+    from lightning_offload.methods.method import Site
 
 SLOT_NUMEL = 1 << 25
 """Most elements of one gradient piece on its way down (64 MiB in bf16)."""
@@ -56,29 +58,15 @@ class HostPart(Sender, Generic[AnyHome]):
 
     Args:
         trained: The same; the parameters are moved to the lanes' device.
-        rule: The update rule of the user's optimizer.
-        lanes: Where it runs.
-        dtypes: Dtypes of weights, masters and moments; the wire has the dtype of each weight.
-        accumulate_on_host: Sum micro-batches on the host in fp32 instead of in ``p.grad``.
-        wants_norms: Whether steps are decided by norms that are taken on the device.
+        site: Where and with what; the wire has the dtype of each weight.
     """
 
-    def __init__(
-        self,
-        trained: Sequence[Trained],
-        rule: Rule,
-        lanes: Lanes,
-        dtypes: DTypes,
-        *,
-        accumulate_on_host: bool,
-        wants_norms: bool,
-    ) -> None:
+    def __init__(self, trained: Sequence[Trained], site: Site) -> None:
         self.trained = sorted(trained, key=lambda t: (t.unit.index, t.group, t.position))
-        self._rule = rule
-        self._lanes = lanes
-        self._dtypes = dtypes
-        self.sums_on_host = accumulate_on_host
-        self._wants_norms = wants_norms
+        self._rule, self._lanes, self._dtypes = site.rule, site.lanes, site.dtypes
+        self._peers, self._mean_ = site.peers, site.mean_
+        self.sums_on_host = site.accumulate_on_host
+        self._wants_norms = site.wants_norms
         self._units = [
             UnitHomes(index, self._make_homes(list(members)))
             for index, members in groupby(self.trained, key=lambda t: t.unit.index)
@@ -98,11 +86,17 @@ class HostPart(Sender, Generic[AnyHome]):
 
     @abstractmethod
     def _payload(self, home: AnyHome, moment: Moment) -> Tensor:
-        """What of ``p.grad`` goes down, flat, in the wire's dtype or wider; ``p.grad`` is dropped afterwards."""
+        """What of ``p.grad`` goes down, flat, in the wire's dtype or wider, as the mean over ranks.
+
+        ``p.grad`` is dropped afterwards.
+        """
 
     @abstractmethod
     def _recall(self, home: AnyHome) -> None:
-        """Take back into ``p.grad`` what has gone down, for a second gradient has come; nothing is in flight."""
+        """Take back into ``p.grad`` what has gone down, for a second gradient has come; nothing is in flight.
+
+        It is a mean over ranks, of which the owner's share is all of it.
+        """
 
     @abstractmethod
     def _host_step(self, homes: list[AnyHome], groups: Groups, verdict: Verdict) -> None:
@@ -200,6 +194,14 @@ class HostPart(Sender, Generic[AnyHome]):
         """Whether there is a gradient that has not been taken."""
         return self._waits(self._home[trained.name])
 
+    def take_back(self, trained: Trained) -> None:
+        """See ``Sender.take_back``."""
+        home = self._home[trained.name]
+        home.idle, home.landed, home.taken, home.trained.norm = home.landed, [], False, None
+
+    def meet(self) -> None:
+        """See ``Sender.meet``: each gradient has met those of the others as it left."""
+
     def catch_up(self) -> None:
         """See ``Sender.catch_up``: nothing is put off."""
 
@@ -213,7 +215,17 @@ class HostPart(Sender, Generic[AnyHome]):
     def step_all(self, groups: Groups, verdict: Verdict) -> None:
         """The host work of one step without any copy, for measuring it: whatever is on the wire is the gradient."""
         for unit in self._units:
-            self._host_step(unit.homes, groups, verdict)
+            self._host_step(self._mine(unit.homes), groups, verdict)
+
+    # Ranks: a parameter has its host memory on one of them.
+
+    def _mine(self, homes: Iterable[AnyHome]) -> list[AnyHome]:
+        """Those that are stepped on this rank's host."""
+        return [home for home in homes if home.trained.owner == self._peers.rank]
+
+    def _numel_here(self, trained: Trained, numel: int) -> int:
+        """Elements in this rank's host memory."""
+        return numel if trained.owner == self._peers.rank else 0
 
     # Buffers.
 
@@ -237,7 +249,7 @@ class HostPart(Sender, Generic[AnyHome]):
         """Device buffers for about one block's gradients, so that compute never waits for the link within a block."""
         homes = [home for home in self._home.values() if home.wire.dtype == dtype]
         bound = min(SLOT_NUMEL, CPU_SLOT_NUMEL) if self._lanes.shares_memory else SLOT_NUMEL
-        slot = min(max(home.wire.numel() for home in homes), bound)
+        slot = max(min(max(home.wire.numel() for home in homes), bound), 1)
         largest = max(sum(home.wire.numel() for home in unit.homes) for unit in self._units)
         return Ring(self._lanes, f"{self._what}.{dtype}", slot, dtype, min(max(-(-largest // slot), 2), 8))
 
@@ -253,7 +265,8 @@ class HostPart(Sender, Generic[AnyHome]):
         home.trained.parameter.grad = None
         if self._wants_norms and not self.sums_on_host:
             home.trained.norm = gradient_norm(payload)
-        self._send(home, payload)
+        if home.trained.owner == self._peers.rank:
+            self._send(home, payload)
         if home.total is not None:
             self._add(home, home.total)
         home.taken = True
@@ -263,7 +276,8 @@ class HostPart(Sender, Generic[AnyHome]):
         ring = self._rings[home.wire.dtype]
         # the wire is free: what went up from it has arrived, the last micro-batch has been added
         before = [event for event in (self._unit[home.trained.name].arrived, home.added) if event is not None]
-        home.landed = []
+        before += home.idle
+        home.landed, home.idle = [], []
         for start in range(0, payload.numel(), ring.numel):
             piece = payload[start : start + ring.numel]
             slot = ring.take()
@@ -306,7 +320,7 @@ class HostPart(Sender, Generic[AnyHome]):
             self._stepped_early(unit)
 
     def _step(self, unit: UnitHomes[AnyHome], groups: Groups, verdict: Verdict) -> Event:
-        homes = unit.taken
+        homes = self._mine(unit.taken)
         after = [event for home in homes for event in home.events] + self._step_after(unit)
         after += [verdict.host_ready] if verdict.host_ready is not None else []
         return self._lanes.host(

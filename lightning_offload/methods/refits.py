@@ -46,6 +46,11 @@ class SubspaceHome(Home):
     transferred: Event | None = None
     held: Tensor | None = None
 
+    @property
+    def delta(self) -> tuple[int, torch.dtype]:
+        """Elements and dtype of what comes up; the wire is on its owner's host alone."""
+        return self.pair.left.dim * self.pair.right.dim, self.wire.dtype
+
     def start_anew(self) -> None:
         """Without moments."""
         for tensor in (*self.states.values(), self.step):
@@ -187,6 +192,8 @@ class Refits:
                 on_host.readers = [home.transferred for home in homes if home.transferred is not None]
 
     def _transfer(self, home: SubspaceHome, on_host: HostPairs | None) -> None:
+        if not home.wire.numel():  # another rank's
+            return
         if on_host is None:
             home.start_anew()
             return

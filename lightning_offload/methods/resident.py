@@ -5,7 +5,7 @@ Thousands of tiny copies would cost more than the few bytes they save.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -42,9 +42,18 @@ class ResidentOptimizer:
         rule: The update rule of the user's optimizer.
         lanes: Where it runs.
         dtypes: Dtypes of weights, masters and moments.
+        mean_: Makes tensors their means over ranks.
     """
 
-    def __init__(self, trained: Sequence[Trained], rule: Rule, lanes: Lanes, dtypes: DTypes) -> None:
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        rule: Rule,
+        lanes: Lanes,
+        dtypes: DTypes,
+        mean_: Callable[[Sequence[Tensor], str], None] = lambda tensors, what: None,
+    ) -> None:
+        self._mean_ = mean_
         self.trained = sorted(trained, key=lambda t: (t.group, t.position))
         self._rule = rule
         self._lanes = lanes
@@ -55,9 +64,10 @@ class ResidentOptimizer:
 
     def collect(self, step: int) -> None:
         """See ``Part.collect``."""
-        for trained in self.trained:
-            if trained.parameter.grad is not None:
-                trained.norm = gradient_norm(trained.gradient())
+        present = [trained for trained in self.trained if trained.parameter.grad is not None]
+        self._mean_([trained.gradient() for trained in present], "gradients")
+        for trained in present:
+            trained.norm = gradient_norm(trained.gradient())
 
     def has_gradient(self, trained: Trained) -> bool:
         """See ``Part.has_gradient``."""

@@ -43,6 +43,7 @@ class RowOptimizer(Sender):
     """
 
     sums_on_host = True
+    leaves = False
 
     def __init__(
         self, trained: Sequence[Trained], adapters: Sequence[SparseAdapter], site: Site, settings: MEFTSettings
@@ -73,6 +74,7 @@ class RowOptimizer(Sender):
         self._wide_steps = 0
         self._gradients_visible = site.gradients_visible
         self._shown: set[str] = set()  # whose sum is `p.grad`
+        self._peers = site.peers
 
     # Part.
 
@@ -199,6 +201,26 @@ class RowOptimizer(Sender):
         for table in self._table.values():
             table.touched.fill_(True)
             table.make_step(self._rule, groups[table.trained.group], verdict)
+
+    def take_back(self, trained: Trained) -> None:
+        """See ``Sender.take_back``: rows are sent as they are used."""
+
+    def meet(self) -> None:
+        """See ``Sender.meet``: every rank adds up the rows of all, in rank order."""
+        self._lanes.synchronize()
+        for table in self._table.values():
+            shown = table.name in self._shown
+            self._take_back(table)
+            rows = table.touched.nonzero().flatten()
+            everyones = self._peers.gather_tensors(rows, "places of rows")
+            gradients = self._peers.gather_tensors(table.total[rows], "gradients of rows")
+            table.forget()
+            for some, gradient in zip(everyones, gradients, strict=True):
+                if len(some):
+                    table.add(some, gradient.div_(self._peers.world))
+                    self._added[table.name] = self._nothing_after(self._lanes.compute())
+            if shown:
+                self._show(table)
 
     def describe(self) -> str:
         """See ``Sender.describe``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,10 +22,12 @@ class Sender(ABC):
     Attributes:
         trained: What it steps, by unit.
         sums_on_host: Whether micro-batches add up on the host.
+        leaves: Whether it is gradients in ``p.grad`` that leave.
     """
 
     trained: list[Trained]
     sums_on_host: bool
+    leaves: ClassVar[bool] = True
 
     # Part.
 
@@ -94,6 +96,14 @@ class Sender(ABC):
     @abstractmethod
     def step_all(self, groups: Groups, verdict: Verdict) -> None:
         """The host work of one step without any copy, for measuring it."""
+
+    @abstractmethod
+    def take_back(self, trained: Trained) -> None:
+        """What has been sent of this parameter is no gradient: no rank has had one."""
+
+    @abstractmethod
+    def meet(self) -> None:
+        """Backward is over on every rank: what they have sent to their hosts becomes what all have together."""
 
     def describe(self) -> str:
         """What it trains, and how, in words."""

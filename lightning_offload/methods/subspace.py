@@ -59,15 +59,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     def __init__(self, trained: Sequence[Trained], site: Site, settings: LSPSettings) -> None:
         self._settings = settings
         self._refits = Refits(site.lanes, settings)
-        super().__init__(
-            trained,
-            site.rule,
-            site.lanes,
-            site.dtypes,
-            accumulate_on_host=site.accumulate_on_host,
-            wants_norms=site.wants_norms,
-        )
-        sizes = [slot_bytes([(home.wire.numel(), home.wire.dtype) for home in unit.homes]) for unit in self._units]
+        super().__init__(trained, site)
+        sizes = [slot_bytes([home.delta for home in unit.homes]) for unit in self._units]
         self._deliveries = Deliveries(self._lanes, [unit.flight for unit in self._units], max(sizes), AHEAD)
         self._sent: set[int] = set()
         self._noise = torch.Generator(self._lanes.device)
@@ -184,8 +177,9 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         self._deliveries.close()
 
     def extras(self) -> dict[str, Any]:
-        """Projectors and moments (d, d) by name."""
-        return {name: self._extras_of(home) for name, home in self._home.items()}
+        """Projectors and moments (d, d) by name; of what other ranks step nothing."""
+        mine = {home.trained.name for home in self._mine(self._home.values())}
+        return {name: self._extras_of(home) if name in mine else {} for name, home in self._home.items()}
 
     def load_extras(self, extras: Mapping[str, Any]) -> None:
         """See ``HostPart.load_extras``."""
@@ -199,7 +193,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     def _make_homes(self, members: list[Trained]) -> list[SubspaceHome]:
         label = members[0].unit.name or "model"
         dims = [self._settings.dim_of(*t.parameter.shape) for t in members]
-        sizes, dtypes = [dim**2 for dim in dims], [weight_dtype(t.parameter, self._dtypes) for t in members]
+        sizes = [self._numel_here(t, dim**2) for t, dim in zip(members, dims, strict=True)]
+        dtypes = [weight_dtype(t.parameter, self._dtypes) for t in members]
         wires = self._carve(f"{label}.subspace wire", sizes, [(dtype, "pinned") for dtype in dtypes])
         states = self._carve_states(f"{label}.subspace", sizes)
         totals = self._carve_totals(f"{label}.subspace", sizes)
@@ -231,10 +226,16 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         home.trained.flight.land()  # without a forward since the last step its delta still lies on the wire
         with lane_context(self._lanes.device):
             gradient = home.trained.gradient() if home.trained.parameter.grad is not None else None
-            if gradient is not None and not home.projections.fitted:
+            fits, due = not home.projections.fitted, self._refits.is_due(home, moment)
+            looks = gradient is not None and (fits or due)
+            if gradient is not None and looks:  # all ranks must find the same projectors
+                self._mean_([gradient, *([home.held] if home.held is not None else [])], "gradients to fit to")
+            if gradient is not None and fits:
                 self._refits.first_fit(home.projections, gradient)
             compressed = self._compressed(home)
-            if gradient is not None and self._refits.is_due(home, moment):
+            if not looks:
+                self._mean_([compressed], self._what)
+            if gradient is not None and due:
                 self._refits.judge(home.projections, gradient)
             return compressed
 
@@ -251,7 +252,9 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def _recall(self, home: SubspaceHome) -> None:
         with lane_context(self._lanes.device):
-            home.held = self._compressed(home).add_(home.wire.to(self._lanes.device))
+            home.held = self._compressed(home)
+            for mine in self._mine([home]):
+                home.held.add_(mine.wire.to(self._lanes.device), alpha=self._peers.world)
         home.trained.parameter.grad = None
 
     # Without gradients.
@@ -361,7 +364,9 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         homes = unit.taken
         for home in homes:
             home.stepped, home.under_way = unit.stepped, True
-        parcel = Parcel(unit.flight, [home.wire for home in homes], unit.stepped, partial(self._apply, unit, homes))
+        wires = [home.wire if home.wire.numel() else None for home in homes]
+        deltas = [home.delta for home in homes]
+        parcel = Parcel(unit.flight, deltas, wires, unit.stepped, partial(self._apply, unit, homes))
         self._deliveries.send(parcel)
 
     def _apply(
@@ -370,6 +375,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         """On the compute lane, before the unit's forward."""
         with lane_context(self._lanes.device):
             for home, delta in zip(homes, deltas, strict=True):
+                self._peers.share_([delta], home.trained.owner, "deltas")
                 square = delta.view(home.pair.left.dim, -1)
                 self._lanes.run(home.like("apply"), partial(self._apply_one, home, square))
                 home.under_way = False
@@ -411,6 +417,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         if home.projections.members[0] == home.trained.name:  # those that share it follow
             home.projections.restore(left, right, saved["draws"], kind=saved["projector"], fitted=saved["fitted"])
         home.pair = home.projections.pair
+        if not self._mine([home]):
+            return
         home.step.copy_(saved["step"])
         for name, tensor in home.states.items():
             tensor.copy_(saved[name].reshape(-1))

@@ -28,6 +28,7 @@ from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.memory.ledger import Span
+from lightning_offload.memory.peers import Alone, Peers
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.lockstep import Lockstep
@@ -109,7 +110,9 @@ class ZerothEngine:
         machine: Machine | None = None,
         uses: Uses | None = None,
         units: Sequence[Unit] | None = None,
+        peers: Peers | None = None,
     ) -> None:
+        self.peers: Peers = peers or Alone()
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
         self.units = list(units) if units is not None else partition(module, method.settings.blocks)
         self.log: list[Entry] = []
@@ -122,6 +125,13 @@ class ZerothEngine:
         self._undo: list[Callable[[], Any]] = []
         self._base: str | None = None
         settings = method.settings
+        if self.peers.world % settings.direction_ranks:
+            raise ValueError(
+                f"`direction_ranks={settings.direction_ranks}` does not divide {self.peers.world} rank(s): directions "
+                "are shared out by `zo2_offload_ddp`, among a divisor of its devices"
+            )
+        share = settings.direction_ranks
+        self._directions = range(self.peers.rank % share, settings.directions, share)
         _check_optimizer(optimizer)
         group_of = _groups_of(module, optimizer)
         resident = resident_units(self.units, settings, dtypes)
@@ -170,10 +180,12 @@ class ZerothEngine:
         """
         if self._seed is None:
             self._seed = self.noise.seed()
+            if self.method.settings.noise == "mezo":  # it draws one
+                self._seed = self.peers.first(self._seed)
         counts = list(weights) or [1] * len(parts)
         streams = [
             Stream(direction, sign, part)
-            for direction in range(self.method.settings.directions)
+            for direction in self._directions
             for sign in (1, -1)
             for part in range(len(parts))
         ]
@@ -213,6 +225,7 @@ class ZerothEngine:
                 is to detect anomalies.
             OffloadError: Other parameters are to be trained than at first.
         """
+        self._sums = self._everyones()
         if not self._sums:
             return
         self._refuse_changes()
@@ -220,11 +233,26 @@ class ZerothEngine:
         self._step(clip)
         self.lanes.mark("")
 
+    def _everyones(self) -> list[tuple[int, list[float]]]:
+        """Losses of all ranks: those that share out the directions of a batch have a part of each."""
+        rows = [[float(count), *losses] for count, losses in self._sums]
+        found = self.peers.gather(rows, "losses")
+        share, merged = self.method.settings.direction_ranks, []
+        for first in range(0, self.peers.world, share):
+            for parts in zip(*found[first : first + share], strict=True):
+                losses = [0.0] * (2 * self.method.settings.directions)
+                for at, (_, *mine) in enumerate(parts):
+                    for place, loss in enumerate(mine):
+                        losses[2 * (at + place // 2 * share) + place % 2] = loss
+                merged.append((int(parts[0][0]), losses))
+        return merged
+
     def _step(self, clip: Clip | None) -> None:
         self._steps += 1
         sums, self._sums = self._sums, []
         seed, self._seed = self._seed, None
-        assert seed is not None
+        if seed is None:  # this rank has had no batch
+            seed = self.noise.seed()
         plus, minus = _means(sums)
         slopes = _slopes(plus, minus, self.method.settings.eps)
         finite = all(map(math.isfinite, slopes))

@@ -50,6 +50,8 @@ class ZO2Settings(CommonSettings):
         resident: What stays on the device beside everything that is no block: ``"auto"`` is nothing, a number is GiB
             for as many blocks as fit in it, names are those of units.
         seed: Of philox noise; ``None`` is torch's initial seed.
+        direction_ranks: Ranks among which the directions of a batch are shared out, where there are several; the
+            groups of so many ranks see different batches.
     """
 
     eps: float = 1e-3
@@ -63,6 +65,7 @@ class ZO2Settings(CommonSettings):
     prefetch: int = 1
     resident: Resident = "auto"
     seed: int | None = None
+    direction_ranks: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the setting."""
@@ -70,7 +73,7 @@ class ZO2Settings(CommonSettings):
         eps = self.eps
         finite = isinstance(eps, int | float) and not isinstance(eps, bool) and math.isfinite(eps)
         require(finite and eps > 0, "eps", eps, "a number > 0")
-        for name in ("directions", "micro_batches", "write_back_every", "prefetch"):
+        for name in ("directions", "micro_batches", "write_back_every", "prefetch", "direction_ranks"):
             require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
         require(self.directions < 2**16, "directions", self.directions, "an integer <= 65535, as the log numbers them")
         require(
@@ -87,6 +90,11 @@ class ZO2Settings(CommonSettings):
         seed = self.seed is None or (_whole(self.seed, 0) and self.seed < 2**63)
         require(seed, "seed", self.seed, "an integer >= 0 and < 2**63, or None")
         self._check_resident()
+        if self.directions % self.direction_ranks:
+            raise ValueError(
+                f"`direction_ranks={self.direction_ranks}` cannot share out `directions={self.directions}` evenly: "
+                "pass a divisor of it"
+            )
         if self.noise == "mezo" and self.directions > 1:
             raise ValueError(
                 f"`noise='mezo'` has one direction per step, as MeZO has, got `directions={self.directions}`; "

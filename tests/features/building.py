@@ -139,8 +139,8 @@ def empty_init(strategy: Arm) -> None:
 
 ONE_DEVICE = Refusal(
     MisconfigurationException,
-    "runs on exactly one device, found 2. Pass `Trainer\\(",
-    "one device: `Trainer(devices=1)`",
+    "runs on exactly one device, found 2. Pass `Trainer\\(.*_ddp'",
+    "one device: `Trainer(devices=1)`; several under the name with `_ddp` behind it",
 )
 
 

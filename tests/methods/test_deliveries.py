@@ -55,7 +55,9 @@ class Depot:
             assert deltas[0].numel() == 4 + unit
             self.applied.append((unit, float(deltas[0][0])))
 
-        self.deliveries.send(Parcel(self.flights[unit], [self.wires[unit]], self.lanes.compute(), apply))
+        wire = self.wires[unit]
+        sizes = [(wire.numel(), wire.dtype)]
+        self.deliveries.send(Parcel(self.flights[unit], sizes, [wire], self.lanes.compute(), apply))
 
     @property
     def on_their_way(self) -> int:

@@ -181,3 +181,10 @@ def test_a_skipped_step_in_any_order_is_the_same() -> None:
         run = train(Net(depth=2), lanes_of("shuffled", seed), method=lsp(**changes), make_optimizer=make, dtypes=NARROW)
         assert_same(inline, run, state=False)
     assert inline.reports[-1].skipped_total == 1
+
+
+@pytest.mark.parametrize("make", [lambda: None, lsp], ids=["full", "lsp"])
+def test_steps_are_counted_from_one(make: Any) -> None:
+    """Rounding noise is keyed by the number, so no two steps may share one."""
+    run = train(Net(), lanes_of("inline"), steps=3, method=make(), dtypes=DTypes(compute=torch.bfloat16))
+    assert [report.step for report in run.reports] == [1, 2, 3, 3]
