@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -128,6 +128,14 @@ def look_for_readers(who: str, trainer: Trainer, module: LightningModule, settin
                 "hook, or pass form='gradient'."
             )
     return window
+
+
+def warn_of_gradient_hooks(who: str, hooked: Iterable[str], why: str) -> None:
+    """Hooks on parameters whose gradients nobody sees."""
+    names = [f"`{name}`" for name in hooked]
+    if names:
+        some = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+        rank_zero_warn(f"{who}: hooks on the gradients of {some} never run: {why}")
 
 
 def expected_clip(trainer: Trainer, module: LightningModule) -> float | None:

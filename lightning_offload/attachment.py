@@ -60,13 +60,13 @@ class Attachment(Callback, Generic[AnyEngine]):
         self._take_step(trainer.strategy.optimizers[0])
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
         if checkpoint.get("optimizer_states"):  # empty: of no use to this method
-            self._load(self.engine, checkpoint)
+            self._load(self.engine, trainer, checkpoint)
 
     def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> AnyEngine:
         """An engine, and the window of this fit."""
         raise NotImplementedError
 
-    def _load(self, engine: AnyEngine, checkpoint: dict[str, Any]) -> None:
+    def _load(self, engine: AnyEngine, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Continue from the optimizer states of a checkpoint; the Trainer loads what is then in it."""
         raise NotImplementedError
 
@@ -151,9 +151,9 @@ class GradientAttachment(Attachment[Engine]):
         return engine
 
     @override
-    def _load(self, engine: Engine, checkpoint: dict[str, Any]) -> None:
+    def _load(self, engine: Engine, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         states = checkpoint["optimizer_states"]
-        restore_rows(engine, checkpoint["state_dict"])
+        restore_rows(engine, trainer, checkpoint)
         self._pending = unpack(engine, self._calibration, states)
         if GRADIENTS not in states[0].get(EXTRAS, {GRADIENTS: {}}):
             states[:] = [engine.optimizer_state()]  # not another optimizer's

@@ -335,8 +335,16 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
             super().load_model_state_dict(checkpoint, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Threads, streams and page-locked memory stay behind."""
-        return super().__getstate__() | {"engine": None, "_uncap": None}
+        """Threads, streams and page-locked memory stay behind, and a module that they hang on."""
+        state: dict[str, Any] = super().__getstate__() | {"engine": None, "_uncap": None}
+        if self._hangs_on_module:
+            state |= {"_lightning_module": None, "_model": None, "_optimizers": [], "lr_scheduler_configs": []}
+        return state
+
+    @property
+    def _hangs_on_module(self) -> bool:
+        """Whether hooks that bring weights or take gradients are on the module."""
+        return self.engine is not None and not self.engine.closed
 
 
 def _cpu(value: Any) -> Any:

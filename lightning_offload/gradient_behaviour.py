@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_offload.attaching import attach, look_for_readers
+from lightning_offload.attaching import attach, look_for_readers, warn_of_gradient_hooks
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.calibration import Calibration
 from lightning_offload.methods.engine import Engine
 from lightning_offload.methods.method import Method
+from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.resuming import pack, unpack
 
@@ -47,7 +48,7 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
         self._torn = False
         module, method = self.lightning_module, self._method()
         assert module is not None
-        if not self._claims_anything(method):
+        if not self.optimizers[0].param_groups or not self._claims_anything(method):  # none: there is no optimizer
             rank_zero_warn(
                 f"`{type(self).__name__}` found no trained parameter with at least "
                 f"min_numel={method.settings.min_numel:,} elements: nothing is offloaded and the optimizer runs as it "
@@ -83,8 +84,17 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
         if self.engine is None or module is None:
             return
         self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
+        self._look_for_hooks(self.engine)
         self.engine.load_gradients(self._pending)  # between restoring and here Lightning clears every `p.grad`
         self._pending = {}
+
+    def _look_for_hooks(self, engine: Engine) -> None:
+        rows = isinstance(engine.own, RowOptimizer)
+        if engine.own is None or not (rows or getattr(self.settings, "form", None) == "activations"):
+            return
+        why = "rows are fetched one by one, and theirs summed up in host memory." if rows else "form='activations'."
+        hooked = [t.name for t in engine.own.trained if t.parameter._backward_hooks]
+        warn_of_gradient_hooks(self.strategy_name, hooked, f"{why} Read `.grad` in `on_before_optimizer_step`.")
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

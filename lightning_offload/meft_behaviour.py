@@ -114,7 +114,8 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
             warn_of_new_adapters(self.strategy_name)
             return
         if self.engine is not None:
-            restore_rows(self.engine, checkpoint["state_dict"])
+            assert self.lightning_module is not None
+            restore_rows(self.engine, self.lightning_module.trainer, checkpoint)
         super().load_optimizer_state_dict(checkpoint)
 
 
@@ -174,7 +175,7 @@ def put_adapters_on(who: str, module: LightningModule, settings: MEFTSettings) -
 
 def add_missing(who: str, optimizer: Optimizer, module: LightningModule) -> None:
     """Put parameters of adapters that ``configure_optimizers`` left out into the first group, and say so."""
-    if missing := join(optimizer, module):
+    if optimizer.param_groups and (missing := join(optimizer, module)):
         rank_zero_info(
             f"{who}: `configure_optimizers` left {len(missing)} parameters of adapters out ({missing[0]}, ...): "
             "they join its first group"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_offload.behaviour import AnyEngine, OffloadBehaviour
@@ -31,7 +32,20 @@ class WeightsAtRest(OffloadBehaviour[AnyEngine]):
     @override
     def setup(self, trainer: Trainer) -> None:
         self._close_forwards()
+        self._refuse_graphs(trainer)
         super().setup(trainer)
+
+    def _refuse_graphs(self, trainer: Trainer) -> None:
+        """Tracing by `torch.jit` cannot follow weights that come and go."""
+        if getattr(self.lightning_module, "example_input_array", None) is None:
+            return
+        for logger in trainer.loggers:
+            if getattr(logger, "_log_graph", False):
+                raise MisconfigurationException(
+                    f"`{type(logger).__name__}(log_graph=True)` traces the module, which cannot be done under "
+                    f"`{type(self).__name__}`: its weights come and go while it runs. Remove `log_graph=True`, and "
+                    "call `logger.experiment.add_graph(module, module.example_input_array)` before `fit`."
+                )
 
     @override
     def _convert(self) -> None:
@@ -82,6 +96,11 @@ class WeightsAtRest(OffloadBehaviour[AnyEngine]):
         if self._forwards is not None:
             self._forwards.detach()
         self._forwards = None
+
+    @property
+    @override
+    def _hangs_on_module(self) -> bool:
+        return self._forwards is not None or super()._hangs_on_module
 
     @override
     def __getstate__(self) -> dict[str, Any]:

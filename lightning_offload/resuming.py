@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -70,8 +71,11 @@ def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]
 
 
 @torch.no_grad()
-def restore_rows(engine: Engine, state: Mapping[str, Tensor]) -> None:
+def restore_rows(engine: Engine, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     """Rows of method ``meft`` in full: into parameters of 16 bits they were rounded as the module was loaded."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)  # which then stand for weights
+    state = (averages and checkpoint.get("current_model_state")) or checkpoint["state_dict"]
     if isinstance(engine.own, RowOptimizer):
         engine.flush()
         for trained in engine.own.trained:

@@ -80,7 +80,12 @@ class Window:
 
 
 def find_window(trainer: Trainer, module: LightningModule) -> Window:
-    """List the hooks of ``module`` and of the Trainer's callbacks that look at weights or gradients in flight."""
+    """List the hooks of ``module`` and of the Trainer's callbacks that look at weights or gradients in flight.
+
+    Raises:
+        NotImplementedError: A callback that cannot work.
+    """
+    _refuse_finetuning(trainer)
     callbacks = [callback for callback in _callbacks(trainer) if not _is_known(callback)]
     weights = [*_overridden(module, LightningModule, (*WEIGHT_HOOKS, *TRANSFER_HOOKS))]
     epochs = [*_overridden(module, LightningModule, EPOCH_HOOKS)]
@@ -104,6 +109,17 @@ def writes_while_evaluating(trainer: Trainer, module: LightningModule) -> bool:
     callbacks = [callback for callback in _callbacks(trainer) if not _is_known(callback)]
     found = _overridden(module, LightningModule, (*EVALUATION_HOOKS, *TRANSFER_HOOKS))
     return bool(found or [hook for callback in callbacks for hook in _overridden(callback, Callback, EVALUATION_HOOKS)])
+
+
+def _refuse_finetuning(trainer: Trainer) -> None:
+    for callback in _callbacks(trainer):
+        if isinstance(callback, pl_callbacks.BaseFinetuning):
+            raise NotImplementedError(
+                f"`{type(callback).__name__}` is a `BaseFinetuning`, which unfreezes parameters while training runs, "
+                "but host memory is laid out once, when `fit` begins, and cannot grow. Remove the callback and set "
+                "`requires_grad` before `fit`, with one `fit` for each phase, or give what comes later a group with "
+                "lr=0 from the start."
+            )
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_offload.attaching import Agree, MakeLanes, local_ranks, machine_for
+from lightning_offload.attaching import Agree, MakeLanes, local_ranks, machine_for, warn_of_gradient_hooks
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
@@ -99,6 +99,13 @@ def look_for_zeroth_readers(who: str, trainer: Trainer, module: LightningModule)
     return window
 
 
+def look_for_gradient_hooks(who: str, module: nn.Module) -> None:
+    """Which parameters have hooks that wait for gradients, said."""
+    named = module.named_parameters()
+    hooked = [name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks]
+    warn_of_gradient_hooks(who, hooked, "zo2 has none. Remove them.")
+
+
 def run_micro_batch(engine: ZerothEngine, module: nn.Module, run: Callable[[Any], Any], batch: Any) -> Tensor:
     """All forwards of one micro-batch; returns l+, detached.
 
@@ -166,7 +173,8 @@ def _loss(output: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise OffloadError(
             f"`training_step` returned {type(output).__name__}; method `zo2` needs the loss of every batch, a tensor "
-            "or a dictionary with 'loss'"
+            "or a dictionary with 'loss'. Leave batches out in the dataloader, or return a loss of NaN, which skips "
+            "the step."
         )
     return loss
 

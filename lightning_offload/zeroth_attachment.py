@@ -38,7 +38,7 @@ class ZerothAttachment(Attachment[ZerothEngine]):
         return engine
 
     @override
-    def _load(self, engine: ZerothEngine, checkpoint: dict[str, Any]) -> None:
+    def _load(self, engine: ZerothEngine, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         states, self._resumed = checkpoint["optimizer_states"], True
         unpack_zeroth(engine, states)
         states[:] = [engine.optimizer_state()]  # another method has other groups

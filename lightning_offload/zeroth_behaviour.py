@@ -21,6 +21,7 @@ from lightning_offload.resting import WeightsAtRest
 from lightning_offload.windows import writes_while_evaluating
 from lightning_offload.zeroth_attaching import (
     attach_zeroth,
+    look_for_gradient_hooks,
     look_for_zeroth_readers,
     pack_zeroth,
     resolved,
@@ -100,6 +101,7 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         if not self._resumed:
             self.engine.drop()  # what an exception that somebody caught has left (the batch size finder does)
         assert self.lightning_module is not None
+        look_for_gradient_hooks(self.strategy_name, self.lightning_module)
         trainer: Any = self.lightning_module.trainer
         if self.log_file is not None and not trainer.fast_dev_run:  # which leaves nothing behind
             self._open_log(self.log_file, self.engine)

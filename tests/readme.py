@@ -11,6 +11,8 @@ from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.settings import CommonSettings, GradientSettings
 from lightning_offload.methods.zo2 import ZO2Settings
+from tests.features import FEATURES
+from tests.features.registry import feature_rows, refusal_rows
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -197,6 +199,8 @@ def render(text: str) -> str:
         "lsp settings: generated": settings_rows(LSPSettings, shared=False),
         "zo2 settings: generated": settings_rows(ZO2Settings, shared=False),
         "meft settings: generated": settings_rows(MEFTSettings, shared=False),
+        "features: generated": feature_rows(FEATURES),
+        "refusals: generated": refusal_rows(FEATURES),
         "tree: generated": tree_rows(),
     }
     for marker, rows in tables.items():

@@ -36,7 +36,7 @@ from lightning_offload.methods.method import Method, Site
 from lightning_offload.methods.muster import Muster
 from lightning_offload.methods.part import form_gradient
 from lightning_offload.methods.resident import ResidentOptimizer
-from lightning_offload.methods.rules import check_groups, frozen_groups, rule_for
+from lightning_offload.methods.rules import check_groups, frozen_groups, refuse_new_groups, rule_for
 from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.uses import Uses
 from lightning_offload.methods.verdict import Judge, Tally
@@ -555,7 +555,7 @@ class Engine:
             self.module.register_load_state_dict_pre_hook(lambda *_: flush()).remove,
             self.module.register_load_state_dict_post_hook(lambda *_: adopt()).remove,
         ]
-        self._refuse_new_groups()
+        self._undo.append(refuse_new_groups(self.optimizer))
 
     @property
     def _leaves(self) -> bool:
@@ -578,17 +578,6 @@ class Engine:
     def steps_early(self) -> bool:
         """Whether units step under backward once the first step has been made."""
         return self._judge is None and not self._expects_clip
-
-    def _refuse_new_groups(self) -> None:
-        def refuse(group: dict[str, Any]) -> None:
-            raise OffloadError(
-                "`optimizer.add_param_group` was called after setup, but host memory is laid out per group and cannot "
-                "grow. Create all groups in `configure_optimizers` (parameters may be frozen by lr=0)."
-            )
-
-        optimizer: Any = self.optimizer
-        optimizer.add_param_group = refuse
-        self._undo.append(lambda: optimizer.__dict__.pop("add_param_group", None))
 
     def _refuse_strangers(self) -> None:
         known = {id(t.parameter) for t in self.trained}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_offload.errors import CheckpointError
+from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.numerics.adam import adam_, sgd_
 from lightning_offload.numerics.native import Kernels
 
@@ -45,6 +45,33 @@ class Rule:
         return _hyper(group, self.decoupled)
 
 
+def refuse_step_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Look for hooks on the step of ``optimizer``, which an engine never calls.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            "Hooks on the optimizer's step (`register_step_pre_hook`, `register_step_post_hook`) would never run: "
+            "`optimizer.step` is not called. Use Lightning's `on_before_optimizer_step` or `on_train_batch_end`."
+        )
+
+
+def refuse_new_groups(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Have ``optimizer.add_param_group`` raise an ``OffloadError``; what is returned undoes it."""
+
+    def refuse(group: dict[str, Any]) -> None:
+        raise OffloadError(
+            "`optimizer.add_param_group` was called after setup, but host memory is laid out per group and cannot "
+            "grow. Create all groups in `configure_optimizers` (parameters may be frozen by lr=0)."
+        )
+
+    held: Any = optimizer
+    held.add_param_group = refuse
+    return lambda: held.__dict__.pop("add_param_group", None)
+
+
 def rule_for(optimizer: torch.optim.Optimizer, kernels: Kernels | None = None) -> Rule:
     """The rule of a user's optimizer, decided by exact type: a subclass may mean something else.
 
@@ -56,11 +83,7 @@ def rule_for(optimizer: torch.optim.Optimizer, kernels: Kernels | None = None) -
         ValueError: A class or an option that cannot be offloaded, with the list of what can.
     """
     kind = type(optimizer)
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        raise ValueError(
-            "Hooks on the optimizer's step (`register_step_pre_hook`, `register_step_post_hook`) would never run: "
-            "`optimizer.step` is not called. Use Lightning's `on_before_optimizer_step` or `on_train_batch_end`."
-        )
+    refuse_step_hooks(optimizer)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
             raise ValueError(

@@ -34,7 +34,7 @@ from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
 from lightning_offload.methods.lockstep import Lockstep
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
 from lightning_offload.methods.perturbed import Perturbed, Stream
-from lightning_offload.methods.rules import frozen_groups
+from lightning_offload.methods.rules import frozen_groups, refuse_new_groups, refuse_step_hooks
 from lightning_offload.methods.steplog import Entry, Header, hash_weights
 from lightning_offload.methods.streaming import Leaf
 from lightning_offload.methods.uses import Recorder, Uses
@@ -221,11 +221,14 @@ class ZerothEngine:
         """Make an update of the losses since the last step; weights take it when they are next on the device.
 
         Raises:
-            NonFiniteError: More than ``max_skips`` steps in a row had a loss that is not finite.
+            NonFiniteError: More than ``max_skips`` steps in a row had a loss that is not finite, or one where torch
+                is to detect anomalies.
+            OffloadError: Other parameters are to be trained than at first.
         """
         self._sums = self._everyones()
         if not self._sums:
             return
+        self._refuse_changes()
         self.lanes.mark("step")
         self._step(clip)
         self.lanes.mark("")
@@ -265,6 +268,13 @@ class ZerothEngine:
             reordered_total=self.report.reordered_total + self._reordered,
         )
         self._reordered = False
+        if not finite and torch.is_anomaly_enabled():
+            raise NonFiniteError(
+                f"Step {self._steps} had a loss that is not finite (l+ = {self.report.loss_plus}, l- = "
+                f"{self.report.loss_minus}), and `detect_anomaly=True` makes the first one an error. No weight was "
+                "changed. Look at the batch and at the learning rate; without `detect_anomaly` up to `max_skips` such "
+                "steps in a row are left out."
+            )
         if self.report.skipped:
             self._skip()
             return
@@ -559,7 +569,19 @@ class ZerothEngine:
             self.module.register_state_dict_pre_hook(lambda *_: flush()).remove,
             self.module.register_load_state_dict_pre_hook(lambda *_: flush()).remove,
             self.module.register_load_state_dict_post_hook(lambda *_: restart()).remove,
+            refuse_new_groups(self.optimizer),
         ]
+
+    def _refuse_changes(self) -> None:
+        trained = {id(leaf.parameter) for leaf in self.trained}
+        changed = trained ^ _groups_of(self.module, self.optimizer).keys()
+        if not changed:
+            return
+        name, now = next((n, p.requires_grad) for n, p in self.module.named_parameters() if id(p) in changed)
+        raise OffloadError(
+            f"`{name}.requires_grad` has become {now} since training was set up, when it was decided which weights are "
+            "moved. Set it before `fit`, or start a new `fit`."
+        )
 
     def _require_host(self, machine: Machine, resident: set[int]) -> None:
         streamed = [p for unit in self.units if unit.index not in resident for p in unit.parameters.values()]
@@ -606,12 +628,18 @@ def _groups_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int,
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
+    if not optimizer.param_groups:
+        raise ValueError(
+            "`configure_optimizers` returned no optimizer, which method `zo2` takes its parameters and learning rate "
+            "from. Return `torch.optim.SGD(params, lr=1e-6)`."
+        )
     if kind is not torch.optim.SGD:
         raise ValueError(
             f"`{kind.__name__}` cannot be used with method `zo2`: it has no gradients to keep moments of, and moments "
             "would take two or three times the memory of the weights. Return `torch.optim.SGD(params, lr=1e-6)` from "
             "`configure_optimizers`."
         )
+    refuse_step_hooks(optimizer)
     for option in ("momentum", "dampening", "nesterov", "maximize"):
         if any(group[option] for group in optimizer.param_groups):
             raise ValueError(f"`SGD({option}=...)` cannot be used with method `zo2`: leave `{option}` out")
