@@ -23,6 +23,8 @@ from lightning_offload.methods.method import Method
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.resuming import chosen_before
+from lightning_offload.savings import Run
+from lightning_offload.shortage import reported
 from lightning_offload.windows import Window, find_window
 
 MakeLanes = Callable[[Machine, CommonSettings], Lanes]
@@ -75,17 +77,18 @@ def attach(
     )
     for reason in reasons:
         rank_zero_info(f"{who}: {reason}")
-    engine = Engine(
-        module,
-        trainer.strategy.optimizers[0],
-        method,
-        make_lanes(machine, method.settings),
-        dtypes,
-        machine=machine,
-        expects_clip=bool(expected_clip(trainer, module)),
-        uses=uses,
-        units=units,
-    )
+    with reported(lambda: Run(who, module, device, method, dtypes), "`setup`"):
+        engine = Engine(
+            module,
+            trainer.strategy.optimizers[0],
+            method,
+            make_lanes(machine, method.settings),
+            dtypes,
+            machine=machine,
+            expects_clip=bool(expected_clip(trainer, module)),
+            uses=uses,
+            units=units,
+        )
     if engine.own is not None:
         rank_zero_info(f"{who}: {placement(engine)}")
     return engine

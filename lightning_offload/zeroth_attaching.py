@@ -25,6 +25,8 @@ from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2
 from lightning_offload.parts import parts_of, samples, weight_of
 from lightning_offload.resuming import EXTRAS, chosen_before, warn_of_weights_alone
+from lightning_offload.savings import Run
+from lightning_offload.shortage import reported
 from lightning_offload.windows import Window, find_window
 
 
@@ -67,16 +69,17 @@ def attach_zeroth(
     """
     _check_module(module)
     machine, units = resolved(who, trainer, module, method, dtypes, device)
-    return ZerothEngine(
-        module,
-        trainer.strategy.optimizers[0],
-        method,
-        make_lanes(machine, method.settings),
-        dtypes,
-        machine=machine,
-        uses=uses,
-        units=units,
-    )
+    with reported(lambda: Run(who, module, device, method, dtypes), "`setup`"):
+        return ZerothEngine(
+            module,
+            trainer.strategy.optimizers[0],
+            method,
+            make_lanes(machine, method.settings),
+            dtypes,
+            machine=machine,
+            uses=uses,
+            units=units,
+        )
 
 
 def look_for_zeroth_readers(who: str, trainer: Trainer, module: LightningModule) -> Window:

@@ -18,6 +18,7 @@ from lightning_offload.methods.steplog import Entry, LogFile, check_log_file
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
 from lightning_offload.resting import WeightsAtRest
+from lightning_offload.shortage import reports_shortage
 from lightning_offload.windows import writes_while_evaluating
 from lightning_offload.zeroth_attaching import (
     attach_zeroth,
@@ -116,6 +117,7 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         self._log = LogFile(path, engine.header(), engine.log)
 
     @override
+    @reports_shortage
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.lightning_module
         assert module is not None
@@ -140,6 +142,7 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         return closure_loss
 
     @override
+    @reports_shortage
     def optimizer_step(
         self,
         optimizer: Optimizer,
