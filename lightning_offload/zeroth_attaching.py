@@ -123,9 +123,9 @@ def unpack_zeroth(engine: ZerothEngine, states: list[dict[str, Any]]) -> None:
     Raises:
         CheckpointError: It belongs to another model or to other settings.
     """
-    if len(states) != 1:
+    if len(states) > 1:
         raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
-    extras: Mapping[str, Any] = states[0].get(EXTRAS, {})
+    extras: Mapping[str, Any] = states[0].get(EXTRAS, {}) if states else {}  # none: saved before there was an optimizer
     if extras.get(METHOD) == engine.method.name:
         engine.load_optimizer_state(states[0])
         engine.load_extras(extras)
