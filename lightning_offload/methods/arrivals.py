@@ -51,6 +51,8 @@ class Arrivals:
         """Hang the hooks on; yields how to take each off."""
         for unit in self._units:
             hook = _entering(self, self.flights[unit.index])
+            if self._compiled:
+                hook = torch.compiler.disable(hook)  # else it is traced with the block, its state guarded
             for module in unit.entry_modules:  # first of all hooks: another one may read the weights
                 yield module.register_forward_pre_hook(hook, prepend=True).remove
 
