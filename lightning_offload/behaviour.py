@@ -110,12 +110,11 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
-        assert self.lightning_module is not None
-        _refuse_compiled(self.lightning_module, type(self).__name__)
         self.accelerator.setup(trainer)
         self.precision_plugin.use_device(self.root_device)
         self._detach()
         if trainer.state.fn == TrainerFn.FITTING:
+            assert self.lightning_module is not None
             self._settle_settings(self.lightning_module)
         self._cap_device()
         if trainer.state.fn == TrainerFn.FITTING:  # else the last fit's state stays: it may still be saved
@@ -315,16 +314,6 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and page-locked memory stay behind."""
         return super().__getstate__() | {"engine": None, "_uncap": None}
-
-
-def _refuse_compiled(module: LightningModule, strategy: str) -> None:
-    """Compiled as a whole it would trace what the engine does between the units."""
-    if module._compiler_ctx is not None:
-        raise RuntimeError(
-            f"Using a compiled model is incompatible with the current strategy: `{strategy}`. Either compile the "
-            "blocks of the model one by one (`for block in model.blocks: block.compile()`, under `full_offload` and "
-            "`lsp_offload`) or avoid passing in a compiled model."
-        )
 
 
 def _cpu(value: Any) -> Any:

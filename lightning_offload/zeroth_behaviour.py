@@ -60,6 +60,8 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
     def _prepare_forwards(self, trainer: Trainer) -> None:
         module, method = self.lightning_module, self._method()
         assert module is not None
+        if not any(True for _ in module.parameters()):  # nothing to stream
+            return
         dtypes = self.precision_plugin.dtypes(method)
         machine, units = resolved(self.strategy_name, trainer, module, method, dtypes, self.root_device)
         self._forwards = StreamedForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)

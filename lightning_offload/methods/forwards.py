@@ -27,7 +27,7 @@ class StreamedForwards:
     """
 
     def __init__(self, module: nn.Module, method: ZO2, lanes: Lanes, dtypes: DTypes, units: Sequence[Unit]) -> None:
-        refuse_compiled(units)
+        refuse_compiled(module, units)
         settings = method.settings
         self.lanes = lanes
         self.streaming = Streaming(

@@ -112,7 +112,7 @@ class ZerothEngine:
     ) -> None:
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
         self.units = list(units) if units is not None else partition(module, method.settings.blocks)
-        refuse_compiled(self.units)
+        refuse_compiled(module, self.units)
         self.log: list[Entry] = []
         self.report = ZerothReport()
         self.closed = False
