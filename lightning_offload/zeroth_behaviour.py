@@ -126,7 +126,22 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         with self.precision_plugin.train_step_context():
             if not module.automatic_optimization:  # a mixin: it calls `micro_batch`
                 return module.training_step(batch, *args, **kwargs)
-            return self.micro_batch(lambda part: module.training_step(part, *args, **kwargs), batch)
+            return self._all_forwards(lambda part: module.training_step(part, *args, **kwargs), batch)
+
+    def _all_forwards(self, run: Callable[[Any], Any], batch: Any) -> Any:
+        """What the first of them returned, with the loss of all: hooks are handed what is beside it."""
+        engine = self.engine
+        assert engine is not None
+        first: dict[str, Any] = {}
+
+        def keep(part: Any) -> Any:
+            output = run(part)
+            if engine.lockstep.stream == 0 and isinstance(output, Mapping):
+                first.update(output)
+            return output
+
+        loss = self.micro_batch(keep, batch)
+        return {**first, "loss": loss} if first else loss
 
     def micro_batch(self, run: Callable[[Any], Any], batch: Any) -> Tensor:
         """Every forward of a micro-batch; see ``run_micro_batch``."""
