@@ -165,7 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tree", type=Path, help="`tests/tests_pytorch` of Lightning's source, tag 2.6.5")
     parser.add_argument("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES)
-    parser.add_argument("--files", nargs="+", default=FILES, help="below the tree; then no line is missed in the list")
+    parser.add_argument("--files", nargs="+", default=FILES, help="some of them, below the tree")
     asked = parser.parse_args()
     listed = refusals(Path(__file__).with_name("expected.toml"))
     stock = run(asked.tree, STOCK, asked.files)
