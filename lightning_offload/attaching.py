@@ -25,6 +25,8 @@ from lightning_offload.methods.method import Method
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.resuming import chosen_before
+from lightning_offload.savings import Run
+from lightning_offload.shortage import reported
 from lightning_offload.windows import Window, find_window
 
 MakeLanes = Callable[[Machine, CommonSettings], Lanes]
@@ -85,18 +87,19 @@ def attach(
         rank_zero_info(f"{who}: {reason}")
     settled: Any = method  # which alone may change them
     settled.settings = agree(method.settings)
-    engine = Engine(
-        module,
-        trainer.strategy.optimizers[0],
-        method,
-        make_lanes(machine, method.settings),
-        dtypes,
-        machine=machine,
-        expects_clip=bool(expected_clip(trainer, module)),
-        uses=uses,
-        units=units,
-        peers=peers,
-    )
+    with reported(lambda: Run(who, module, device, method, dtypes), "`setup`"):
+        engine = Engine(
+            module,
+            trainer.strategy.optimizers[0],
+            method,
+            make_lanes(machine, method.settings),
+            dtypes,
+            machine=machine,
+            expects_clip=bool(expected_clip(trainer, module)),
+            uses=uses,
+            units=units,
+            peers=peers,
+        )
     if engine.own is not None:
         rank_zero_info(f"{who}: {placement(engine)}")
     return engine

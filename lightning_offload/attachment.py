@@ -20,6 +20,7 @@ from lightning_offload.methods.engine import GRADIENTS, Engine
 from lightning_offload.methods.meft import MEFT
 from lightning_offload.precision import OffloadPrecision
 from lightning_offload.resuming import EXTRAS, pack, restore_rows, unpack
+from lightning_offload.savings import Run
 from lightning_offload.windows import Window
 
 AnyEngine = TypeVar("AnyEngine", bound=Attached)
@@ -61,6 +62,14 @@ class Attachment(Callback, Generic[AnyEngine]):
         checkpoint = trainer._checkpoint_connector._loaded_checkpoint
         if checkpoint.get("optimizer_states"):  # empty: of no use to this method
             self._load(self.engine, trainer, checkpoint)
+
+    def run_at_hand(self) -> Run | None:
+        """What is attached, for those who tell of it."""
+        engine: Any = self.engine
+        if engine is None:
+            return None
+        who = type(engine.module).__name__
+        return Run(who, engine.module, engine.lanes.device, engine.method, engine.dtypes, engine)
 
     def _attach(self, who: str, trainer: Trainer, module: LightningModule, method: Any, dtypes: DTypes) -> AnyEngine:
         """An engine, and the window of this fit."""

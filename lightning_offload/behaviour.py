@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -41,6 +41,8 @@ from lightning_offload.methods.base import Attached
 from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.uses import Uses
 from lightning_offload.precision import AnyMethod, OffloadPrecision
+from lightning_offload.savings import Run
+from lightning_offload.shortage import reports_shortage
 from lightning_offload.windows import Window
 
 AnyEngine = TypeVar("AnyEngine", bound=Attached)
@@ -143,6 +145,7 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
             refuse_early_copies(self.lightning_module)
 
     @override
+    @reports_shortage
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
@@ -266,6 +269,31 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
         timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
         return trainer.is_last_batch or trainer.should_stop or last or timed
 
+    # What may run out of memory.
+
+    @override
+    @reports_shortage
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    @reports_shortage
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().test_step(*args, **kwargs)
+
+    @override
+    @reports_shortage
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().predict_step(*args, **kwargs)
+
+    def _run_at_hand(self) -> Run | None:
+        module, engine = self.lightning_module, cast("Any", self.engine)
+        if module is None:
+            return None
+        method = engine.method if engine is not None else self._method()
+        dtypes = self.precision_plugin.dtypes(method)
+        return Run(self.strategy_name, module, self.root_device, method, dtypes, engine)
+
     # Boundaries: nothing in flight, and what others wrote is taken over.
 
     @override
@@ -300,6 +328,7 @@ class OffloadBehaviour(Strategy, Generic[AnyEngine]):
         self._lightning_module = module
         self._lift_device_cap()
 
+    @reports_shortage
     def _flush(self) -> None:
         if self.engine is not None:
             self.engine.flush()

@@ -1,4 +1,4 @@
-"""What a user sees: columns in the progress bar, numbers in the logger, and a table of what lives where."""
+"""What a user sees: columns in the progress bar, numbers in the logger, and when training starts a table."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from typing_extensions import override
 from lightning_offload.attachment import Attachment
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.memory.budget import GIB
-from lightning_offload.memory.lanes import nbytes
 from lightning_offload.memory.ledger import Total
-from lightning_offload.methods.engine import Engine
-from lightning_offload.methods.meft import MEFT
 from lightning_offload.methods.row_optimizer import RowOptimizer
-from lightning_offload.methods.streaming import Berth
 from lightning_offload.methods.zeroth import ZerothEngine
+from lightning_offload.tables import AnyEngine, summary
 
-AnyEngine = Engine | ZerothEngine
+__all__ = ["OffloadStats", "OffloadSummary", "memory_gib", "summary"]
 
 
 class OffloadStats(Callback):
@@ -102,44 +99,6 @@ class OffloadSummary(Callback):
             rank_zero_info(summary(engine))
 
 
-def summary(engine: AnyEngine) -> str:
-    """The table of ``OffloadSummary`` as text."""
-    zeroth = isinstance(engine, ZerothEngine)
-    columns = ("unit", "parameters", "dtype", "weights are" if zeroth else "trained on", "host MiB", "device MiB")
-    rows: list[tuple[str, ...]] = [columns]
-    if isinstance(engine, ZerothEngine):
-        rows += _merge([_berth_row(berth) for berth in engine.streaming.berths])
-    else:
-        rows += _merge([_unit_row(engine, index) for index in range(len(engine.units))])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(_align(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    report = engine.lanes.memory.report()
-    host = f"host {report.requested_bytes / GIB:.3f} GiB ({report.locked_bytes / GIB:.3f} GiB page-locked)"
-    lines.append(_last_line(engine, host))
-    return "\n".join(lines)
-
-
-def _last_line(engine: AnyEngine, host: str) -> str:
-    device = f"device {engine.device_bytes / GIB:.3f} GiB"
-    if isinstance(engine, ZerothEngine):
-        settings = engine.method.settings
-        return (
-            f"method {engine.method.name}, {settings.noise} noise, {2 * settings.directions} forwards per micro-batch; "
-            f"{host}, {device}: resident weights, {settings.slots - 1} slots and what forwards see"
-        )
-    placement, sums = "", str(engine.method.settings.accumulate)
-    if isinstance(engine.method, MEFT):
-        placement, sums = f", placement {engine.method.settings.placement}", f"host, those of routers on the {sums}"
-    return (
-        f"method {engine.method.name} with {engine.rule.name}{placement}; {host}, {device} beside the weights, "
-        f"micro-batches accumulate on the {sums}"
-    )
-
-
 def _of_step(engine: AnyEngine) -> dict[str, float]:
     """What the last step did, by name."""
     skipped = {"skipped_steps": float(engine.report.skipped_total)}
@@ -162,64 +121,6 @@ def memory_gib(engine: AnyEngine | None, device: torch.device) -> dict[str, floa
     if engine is not None:
         used["host GiB"] = engine.lanes.memory.report().allocated_bytes / GIB
     return used
-
-
-def _unit_row(engine: Engine, index: int) -> tuple[str, ...]:
-    unit = engine.units[index]
-    host = [t for t in engine.host.trained if t.unit is unit]
-    resident = [t for t in engine.resident.trained if t.unit is unit]
-    own = [t for t in engine.own.trained if t.unit is unit] if engine.own is not None else []
-    label = engine.own.label(own) if engine.own is not None and own else ""
-    groups = {label: own, "host": host, "device": resident}
-    parts = [(label, sum(t.parameter.numel() for t in group)) for label, group in groups.items()]
-    frozen = unit.numel - sum(count for _, count in parts)
-    where = " + ".join(f"{label} {count:,}" for label, count in [*parts, ("frozen", frozen)] if count)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in unit.parameters.values()})
-    there = {id(t.parameter) for t in own}
-    device = nbytes(p for p in unit.parameters.values() if id(p) not in there)
-    device += engine.own.device_bytes_of(own) if engine.own is not None else 0
-    mib = 1024**2
-    return (
-        unit.name or "(root)",
-        f"{unit.numel:,}",
-        ", ".join(dtypes),
-        where or "-",
-        f"{engine.host_bytes([*own, *host]) / mib:.1f}",
-        f"{device / mib:.1f}",
-    )
-
-
-def _berth_row(berth: Berth) -> tuple[str, ...]:
-    """A unit of `zo2`."""
-    size, mib = nbytes(berth.stored), 1024**2
-    frozen = sum(leaf.parameter.numel() for leaf in berth.frozen)
-    where = "resident" if berth.resident else "streamed"
-    return (
-        berth.unit.name or "(root)",
-        f"{berth.unit.numel:,}",
-        ", ".join(sorted({str(rest.dtype).removeprefix("torch.") for rest in berth.stored})),
-        where + (f", {frozen:,} frozen" if frozen else ""),
-        f"{0 if berth.resident else size / mib:.1f}",
-        f"{size / mib if berth.resident else 0:.1f}",
-    )
-
-
-def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Neighbouring rows that differ in nothing but the name become one."""
-    merged: list[list[tuple[str, ...]]] = []
-    for row in rows:
-        if merged and merged[-1][0][1:] == row[1:]:
-            merged[-1].append(row)
-        else:
-            merged.append([row])
-    return [
-        group[0] if len(group) == 1 else (f"{group[0][0]} .. {group[-1][0]} ({len(group)} units, each)", *group[0][1:])
-        for group in merged
-    ]
-
-
-def _align(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column in (1, 4, 5) else cell.ljust(width)
 
 
 def _engine(trainer: Trainer) -> AnyEngine | None:

@@ -40,7 +40,7 @@ class OffloadCheckpointIO(TorchCheckpointIO):
             TypeError: ``storage_options`` was given.
         """
         if storage_options is not None or _is_remote(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

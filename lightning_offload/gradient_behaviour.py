@@ -19,6 +19,7 @@ from lightning_offload.methods.method import Method
 from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.resuming import pack, unpack
+from lightning_offload.shortage import reports_shortage
 
 
 class GradientBehaviour(OffloadBehaviour[Engine]):
@@ -97,6 +98,7 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
         warn_of_gradient_hooks(self.strategy_name, hooked, f"{why} Read `.grad` in `on_before_optimizer_step`.")
 
     @override
+    @reports_shortage
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is None:
             return super().training_step(*args, **kwargs)
@@ -112,6 +114,7 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
             return super().training_step(*args, **kwargs)
 
     @override
+    @reports_shortage
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         self._torn = True  # an exception from here on leaves the gradients with a part of a micro-batch
         loss = super().backward(*args, **kwargs)
@@ -123,6 +126,7 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
         return self.lightning_module is not None and self.lightning_module.automatic_optimization
 
     @override
+    @reports_shortage
     def optimizer_step(
         self,
         optimizer: Optimizer,

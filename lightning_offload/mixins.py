@@ -18,6 +18,7 @@ from lightning_offload.attachment import Attachment, GradientAttachment
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.memory.ambient import default_dtype
 from lightning_offload.methods.base import Clip
+from lightning_offload.shortage import reported
 from lightning_offload.zeroth_attachment import ZerothAttachment
 from lightning_offload.zeroth_behaviour import ZerothBehaviour
 
@@ -110,6 +111,11 @@ class OffloadMixin:
             super().on_validation_model_zero_grad()  # type: ignore[misc]
 
     def _take_part(self, run: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        attachment = self._attachment
+        with reported(attachment.run_at_hand, "`training_step`") if attachment is not None else nullcontext():
+            return self._take_own_part(run, batch)
+
+    def _take_own_part(self, run: Callable[[Any], Tensor], batch: Any) -> Tensor:
         module, settings = self._module, self._step_settings
         window, optimizer = settings.accumulate_grad_batches, self._optimizer
         batch_idx, ends_epoch = module.trainer.fit_loop.epoch_loop.batch_idx, self._ends_epoch

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_offload.behaviour import AnyEngine, OffloadBehaviour
+from lightning_offload.shortage import reports_shortage
 
 
 class Forwards(Protocol):
@@ -66,16 +67,19 @@ class WeightsAtRest(OffloadBehaviour[AnyEngine]):
     # Evaluating: hooks before a batch may have written weights of which the device has copies.
 
     @override
+    @reports_shortage
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self._look_again()
         return super().validation_step(*args, **kwargs)
 
     @override
+    @reports_shortage
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self._look_again()
         return super().test_step(*args, **kwargs)
 
     @override
+    @reports_shortage
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         self._look_again()
         return super().predict_step(*args, **kwargs)

@@ -50,6 +50,9 @@ def unpack(engine: Engine, calibration: Calibration, states: list[dict[str, Any]
     Raises:
         CheckpointError: It belongs to another model, to other settings, or to a window that cannot be finished.
     """
+    if not states:  # saved before there was an optimizer
+        warn_of_weights_alone(engine, {})
+        return {}
     if len(states) != 1:
         raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
     state = states[0]

@@ -68,7 +68,8 @@ class OneDevice(OffloadBehaviour[AnyEngine], SingleDeviceStrategy):
 
     @override
     def connect(self, model: LightningModule) -> None:
-        self._check_devices(model.trainer)
+        if model._trainer is not None:
+            self._check_devices(model.trainer)
         super().connect(model)
 
     @override

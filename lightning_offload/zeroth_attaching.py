@@ -26,6 +26,8 @@ from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2
 from lightning_offload.parts import parts_of, samples, weight_of
 from lightning_offload.resuming import EXTRAS, chosen_before, warn_of_weights_alone
+from lightning_offload.savings import Run
+from lightning_offload.shortage import reported
 from lightning_offload.windows import Window, find_window
 
 
@@ -73,17 +75,18 @@ def attach_zeroth(
     _check_module(module)
     machine, units = resolved(who, trainer, module, method, dtypes, device)
     method.settings = agree(method.settings)
-    return ZerothEngine(
-        module,
-        trainer.strategy.optimizers[0],
-        method,
-        make_lanes(machine, method.settings),
-        dtypes,
-        machine=machine,
-        uses=uses,
-        units=units,
-        peers=peers,
-    )
+    with reported(lambda: Run(who, module, device, method, dtypes), "`setup`"):
+        return ZerothEngine(
+            module,
+            trainer.strategy.optimizers[0],
+            method,
+            make_lanes(machine, method.settings),
+            dtypes,
+            machine=machine,
+            uses=uses,
+            units=units,
+            peers=peers,
+        )
 
 
 def look_for_zeroth_readers(who: str, trainer: Trainer, module: LightningModule) -> Window:
@@ -134,9 +137,9 @@ def unpack_zeroth(engine: ZerothEngine, states: list[dict[str, Any]]) -> None:
     Raises:
         CheckpointError: It belongs to another model or to other settings.
     """
-    if len(states) != 1:
+    if len(states) > 1:
         raise CheckpointError(f"The checkpoint holds the states of {len(states)} optimizers, this run has one.")
-    extras: Mapping[str, Any] = states[0].get(EXTRAS, {})
+    extras: Mapping[str, Any] = states[0].get(EXTRAS, {}) if states else {}  # none: saved before there was an optimizer
     if extras.get(METHOD) == engine.method.name:
         engine.load_optimizer_state(states[0])
         engine.load_extras(extras)

@@ -18,6 +18,7 @@ from lightning_offload.methods.steplog import Entry, LogFile, check_log_file
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2, ZO2Settings
 from lightning_offload.resting import WeightsAtRest
+from lightning_offload.shortage import reports_shortage
 from lightning_offload.windows import writes_while_evaluating
 from lightning_offload.zeroth_attaching import (
     attach_zeroth,
@@ -60,6 +61,8 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
     def _prepare_forwards(self, trainer: Trainer) -> None:
         module, method = self.lightning_module, self._method()
         assert module is not None
+        if not any(True for _ in module.parameters()):  # nothing to stream
+            return
         dtypes = self.precision_plugin.dtypes(method)
         machine, units = resolved(self.strategy_name, trainer, module, method, dtypes, self.root_device)
         self._forwards = StreamedForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)
@@ -120,13 +123,29 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         self._log = LogFile(path, engine.header(), engine.log)
 
     @override
+    @reports_shortage
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.lightning_module
         assert module is not None
         with self.precision_plugin.train_step_context():
             if not module.automatic_optimization:  # a mixin: it calls `micro_batch`
                 return module.training_step(batch, *args, **kwargs)
-            return self.micro_batch(lambda part: module.training_step(part, *args, **kwargs), batch)
+            return self._all_forwards(lambda part: module.training_step(part, *args, **kwargs), batch)
+
+    def _all_forwards(self, run: Callable[[Any], Any], batch: Any) -> Any:
+        """What the first of them returned, with the loss of all: hooks are handed what is beside it."""
+        engine = self.engine
+        assert engine is not None
+        first: dict[str, Any] = {}
+
+        def keep(part: Any) -> Any:
+            output = run(part)
+            if engine.lockstep.stream == 0 and isinstance(output, Mapping):
+                first.update(output)
+            return output
+
+        loss = self.micro_batch(keep, batch)
+        return {**first, "loss": loss} if first else loss
 
     def micro_batch(self, run: Callable[[Any], Any], batch: Any) -> Tensor:
         """Every forward of a micro-batch; see ``run_micro_batch``."""
@@ -144,6 +163,7 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
         return closure_loss
 
     @override
+    @reports_shortage
     def optimizer_step(
         self,
         optimizer: Optimizer,

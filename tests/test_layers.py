@@ -36,29 +36,39 @@ RULES = {
     "numerics": May("errors", "torch", "triton"),
     "memory": May("errors", "torch psutil", "safetensors"),
     "methods": May("errors numerics memory", "torch", "numpy"),
+    "words": May("memory"),
     "windows": May("", "lightning"),
     "precision": May("errors methods", "torch lightning typing_extensions"),
     "checkpoint": May("errors memory", "torch lightning typing_extensions"),
+    "tables": May("memory methods words", "torch"),
+    "savings": May("memory methods precision tables", "torch lightning"),
+    "shortage": May("errors memory savings tables words", "torch"),
     "calibration": May("methods", "torch lightning"),
     "resuming": May("errors methods calibration", "torch lightning"),
-    "attaching": May("memory methods resuming windows", "torch lightning"),
+    "attaching": May("memory methods resuming windows savings shortage", "torch lightning"),
     "parts": May("", "torch"),
     "buffers": May("", "torch lightning"),
     "materialising": May("errors memory methods windows buffers", "torch lightning"),
     "behaviour": May(
-        "memory methods windows precision checkpoint attaching materialising",
+        "memory methods windows precision checkpoint attaching materialising savings shortage",
         "torch lightning typing_extensions",
     ),
     "gradient_behaviour": May(
-        "methods calibration resuming attaching behaviour",
+        "methods calibration resuming attaching behaviour shortage",
         "torch lightning typing_extensions",
     ),
-    "zeroth_attaching": May("errors memory methods windows resuming parts attaching", "torch lightning"),
-    "zeroth_behaviour": May("memory methods windows resting zeroth_attaching", "torch lightning typing_extensions"),
-    "attachment": May("methods windows precision calibration resuming attaching", "torch lightning typing_extensions"),
+    "zeroth_attaching": May(
+        "errors memory methods windows resuming parts attaching savings shortage", "torch lightning"
+    ),
+    "zeroth_behaviour": May(
+        "memory methods windows resting zeroth_attaching shortage", "torch lightning typing_extensions"
+    ),
+    "attachment": May(
+        "methods windows precision calibration resuming attaching savings", "torch lightning typing_extensions"
+    ),
     "zeroth_attachment": May("methods attaching attachment zeroth_attaching", "torch lightning typing_extensions"),
     "ranks": May("memory methods behaviour", "torch lightning typing_extensions"),
-    "resting": May("behaviour", "lightning typing_extensions"),
+    "resting": May("behaviour shortage", "lightning typing_extensions"),
     "meft_behaviour": May(
         "memory methods windows checkpoint resuming attaching resting gradient_behaviour",
         "torch lightning typing_extensions",
@@ -68,12 +78,14 @@ RULES = {
         "torch lightning typing_extensions",
     ),
     "registry": May("strategies", "lightning"),
-    "mixins": May("gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods", "torch lightning"),
+    "mixins": May(
+        "gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods shortage", "torch lightning"
+    ),
     "method_mixins": May("meft_behaviour behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
-    "callbacks": May("behaviour attaching attachment memory methods", "torch lightning typing_extensions"),
+    "callbacks": May("behaviour attaching attachment memory methods tables", "torch lightning typing_extensions"),
     "timeline": May("memory", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
-    "planning": May("errors memory methods parts timeline", "torch", "yaml .text"),
+    "planning": May("errors memory methods parts timeline words", "torch", "yaml .text"),
     "__init__": May(
         "registry strategies precision mixins method_mixins callbacks tracing",
         "",

@@ -447,3 +447,30 @@ def test_strategies_and_modules_are_pickled_without_what_runs() -> None:
 def test_several_devices_are_refused() -> None:
     with pytest.raises(Exception, match="one device"):
         zfit(ZLit(), zo2(), devices=2)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_hooks_are_handed_what_a_step_returns_beside_the_loss(micro_batches: int) -> None:
+    class Returns(ZLit):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss, "own": loss + 1, "tokens": batch}
+
+    class Looks(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Tensor, batch_idx: int
+        ) -> None:
+            self.seen.append((outputs, batch))
+
+    looks, module, plain = Looks(), Returns(), ZLit()
+    zfit(module, zo2(micro_batches=micro_batches), callbacks=[looks], max_steps=3)
+    zfit(plain, zo2(micro_batches=micro_batches), max_steps=3)
+    assert same_weights(module, plain)
+    for outputs, batch in looks.seen:
+        assert outputs.keys() == {"loss", "own", "tokens"}
+        assert torch.equal(outputs["tokens"], batch[: len(batch) // micro_batches])
+        if micro_batches == 1:
+            assert torch.equal(outputs["own"], outputs["loss"] + 1)

@@ -277,3 +277,12 @@ def _warn_no_blocks(model: nn.Module, units: int) -> None:
         "If it has blocks, name them by path or class: blocks=['encoder.stage1', 'MyBlock'].",
         stacklevel=3,
     )
+
+
+def has_checkpointing(module: nn.Module) -> bool:
+    """Whether the model has gradient checkpointing of its own that is off."""
+    return (
+        any(getattr(part, "supports_gradient_checkpointing", False) for part in module.modules())
+        # of every block that has it; the model's own property has another name in each version of transformers
+        and not any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
+    )

@@ -53,7 +53,7 @@ class Arrivals:
         self._early: set[int] = set()
         self._line = list(self.flights)
         # compiled code may take hooks and weights apart as it likes, and a function mode would break it
-        self._compiled = any(is_compiled(module) for unit in units for module in unit.module.modules())
+        self._compiled = find_compiled(module, units) is not None
         self._learned = False
         if uses is not None:
             self._learn(uses)
@@ -62,6 +62,8 @@ class Arrivals:
         """Hang the hooks on; yields how to take each off."""
         for unit in self._units:
             hook = _entering(self, self.flights[unit.index])
+            if self._compiled:
+                hook = torch.compiler.disable(hook)  # else it is traced with the block, its state guarded
             for module in unit.entry_modules:  # first of all hooks: another one may read the weights
                 yield module.register_forward_pre_hook(hook, prepend=True).remove
 
@@ -110,8 +112,16 @@ class Arrivals:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether hooks and weights inside may be taken apart."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    """Whether hooks and weights inside may be taken apart; Lightning keeps a context of what is compiled whole."""
+    whole = getattr(module, "_compiler_ctx", None) is not None
+    return whole or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def find_compiled(module: nn.Module, units: Sequence[Unit]) -> str | None:
+    """What of ``module`` is compiled, by name: the first unit, or its class where it is compiled as a whole."""
+    if is_compiled(module):
+        return type(module).__name__
+    return next((unit.name for unit in units if any(map(is_compiled, unit.module.modules()))), None)
 
 
 def _entering(arrivals: Arrivals, flight: Flight) -> Callable[..., None]:

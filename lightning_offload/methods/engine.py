@@ -240,8 +240,12 @@ class Engine:
         Raises:
             NonFiniteError: More than ``max_skips`` steps in a row had a non-finite gradient norm (raised here, or by
                 the next call that finds it).
-            OffloadError: A parameter became trainable after the engine was attached.
+            OffloadError: A parameter became trainable after the engine was attached, or it is closed.
         """
+        if self.closed:
+            raise OffloadError(
+                "The optimizer was stepped after the end of the fit that it belongs to: call `fit` again."
+            )
         self._refuse_strangers()
         self.arrivals.marks.step()
         self.stepping = True

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.lanes import Lanes
 from lightning_offload.methods.base import DTypes
-from lightning_offload.methods.lockstep import Lockstep
+from lightning_offload.methods.lockstep import Lockstep, refuse_compiled
 from lightning_offload.methods.streaming import Streaming
 from lightning_offload.methods.zo2 import ZO2, compute_dtype, resident_units, stored_dtype
 
@@ -27,6 +27,7 @@ class StreamedForwards:
     """
 
     def __init__(self, module: nn.Module, method: ZO2, lanes: Lanes, dtypes: DTypes, units: Sequence[Unit]) -> None:
+        refuse_compiled(module, units)
         settings = method.settings
         self.lanes = lanes
         self.streaming = Streaming(

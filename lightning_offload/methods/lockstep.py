@@ -18,6 +18,7 @@ from torch import nn
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.turns import Turns
+from lightning_offload.methods.arrivals import find_compiled
 from lightning_offload.methods.muting import Muting
 from lightning_offload.methods.randomness import Randomness
 
@@ -86,6 +87,20 @@ class _Walk:
     def end(self, stream: int) -> None:
         if expected := self.visits[self.begun[stream] :]:
             raise OffloadError(_disagreement(self.begun[stream], stream, expected, ()))
+
+
+def refuse_compiled(module: nn.Module, units: Sequence[Unit]) -> None:
+    """Units are left and entered again in the middle of a forward, on several threads.
+
+    Raises:
+        ValueError: ``module`` or a module in it is compiled.
+    """
+    if name := find_compiled(module, units):
+        raise ValueError(
+            "method `zo2` passes each unit with several forwards at once and changes its weights between them, which "
+            f"the compiled `{name}` would not see. Leave `torch.compile` out, or use `full_offload` or `lsp_offload`, "
+            "under which it may be compiled"
+        )
 
 
 class Lockstep:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from lightning_offload.methods.ffn import FFN, find_ffns, input_of, output_of, with_output
@@ -186,6 +187,7 @@ class SparseAdapter(nn.Module):
             ffn.exit.register_forward_hook(self._leave),
         ]
 
+    @_disable_dynamo  # rows are chosen and fetched here: a compiled block is left
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = input_of(args, kwargs)
         self._check_size("input", x)
@@ -197,6 +199,7 @@ class SparseAdapter(nn.Module):
             (self.source or self).start(tokens if padding is None else tokens[padding.kept])
         self._call = _Call(x, mark, padding, known)
 
+    @_disable_dynamo  # rows are chosen and fetched here: a compiled block is left
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call, self._call = self._call, None
         assert call is not None

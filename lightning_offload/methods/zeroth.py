@@ -31,7 +31,7 @@ from lightning_offload.memory.ledger import Span
 from lightning_offload.memory.peers import Alone, Peers
 from lightning_offload.methods.base import Clip, DTypes
 from lightning_offload.methods.engine import METHOD, OWN, SETTINGS
-from lightning_offload.methods.lockstep import Lockstep
+from lightning_offload.methods.lockstep import Lockstep, refuse_compiled
 from lightning_offload.methods.noises import MezoNoise, Noise, PhiloxNoise
 from lightning_offload.methods.perturbed import Perturbed, Stream
 from lightning_offload.methods.rules import frozen_groups, refuse_new_groups, refuse_step_hooks
@@ -115,6 +115,7 @@ class ZerothEngine:
         self.peers: Peers = peers or Alone()
         self.module, self.optimizer, self.method, self.lanes, self.dtypes = module, optimizer, method, lanes, dtypes
         self.units = list(units) if units is not None else partition(module, method.settings.blocks)
+        refuse_compiled(module, self.units)
         self.log: list[Entry] = []
         self.report = ZerothReport()
         self.closed = False

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.memory.blocks import has_checkpointing
 from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.meft import MEFTSettings
 from lightning_offload.methods.zo2 import ZO2Settings
 from lightning_offload.planning.methods import FULL, NATIVE, SERIAL, SPARSE, SUBSPACE, ZEROTH
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Plan
-from lightning_offload.planning.scenario import Dry, Scenario, has_checkpointing
+from lightning_offload.planning.scenario import Dry, Scenario
 
 LEAST_CHUNK = 128
 """Tokens per chunk of the loss below which its matrix products become slow."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lightning_offload.planning.methods import SPARSE, SUBSPACE, ZEROTH
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Memory, Plan
-from lightning_offload.planning.words import (
+from lightning_offload.words import (
     count,
     flop_rate,
     gigabytes,

@@ -12,7 +12,7 @@ from lightning_offload.methods.homes import weight_dtype
 from lightning_offload.methods.meft import adapters_of
 from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.sparse_adapter import SparseAdapter
-from lightning_offload.planning.words import gigabytes, seconds
+from lightning_offload.words import gigabytes, seconds
 
 _STALLS = {
     "select": "the host, which steps, chooses and gathers rows",

@@ -47,8 +47,8 @@ from lightning_offload.planning.result import THE_RUN_ITSELF, Memory, Plan
 from lightning_offload.planning.steps import optimizer_of, own_step
 from lightning_offload.planning.streamed import tips
 from lightning_offload.planning.waiting import Waiting, count_of
-from lightning_offload.planning.words import count, gigabytes
 from lightning_offload.timeline import LaneUse
+from lightning_offload.words import count, gigabytes
 
 WORKSPACE_BYTES = 2 * (8 * MIB + MIB // 8)
 """cuBLAS keeps one workspace per thread and stream: of the forward, and of autograd's own thread."""
@@ -369,15 +369,6 @@ def _has_expandable_segments() -> bool:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, each once."""
     return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
-
-
-def has_checkpointing(module: nn.Module) -> bool:
-    """Whether the model has gradient checkpointing of its own that is off."""
-    return (
-        any(getattr(part, "supports_gradient_checkpointing", False) for part in module.modules())
-        # of every block that has it; the model's own property has another name in each version of transformers
-        and not any(getattr(part, "gradient_checkpointing", False) is True for part in module.modules())
-    )
 
 
 def _enable_checkpointing(module: nn.Module) -> None:

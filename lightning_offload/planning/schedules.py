@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lightning_offload.planning.result import Plan
 from lightning_offload.planning.scenario import Dry, Scenario
-from lightning_offload.planning.words import seconds
 from lightning_offload.timeline import draw
+from lightning_offload.words import seconds
 
 
 def schedules(scenario: Scenario) -> dict[str, Plan]:

@@ -12,7 +12,7 @@ from lightning_offload.memory.rates import Rates
 from lightning_offload.methods.dryrun import Timing
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2Settings
-from lightning_offload.planning.words import gigabytes, seconds
+from lightning_offload.words import gigabytes, seconds
 
 if TYPE_CHECKING:
     from lightning_offload.planning.result import Memory

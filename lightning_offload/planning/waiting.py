@@ -14,7 +14,7 @@ from lightning_offload.methods.dryrun import Timing
 from lightning_offload.planning import rows
 from lightning_offload.planning.methods import NATIVE, SPARSE, SUBSPACE, ZEROTH
 from lightning_offload.planning.streamed import bottleneck, bound_s
-from lightning_offload.planning.words import seconds
+from lightning_offload.words import seconds
 
 if TYPE_CHECKING:
     from lightning_offload.planning.scenario import Scenario

@@ -1,0 +1,1 @@
+"""Lightning's own tests, run under the strategies of this package."""
