@@ -568,3 +568,17 @@ def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_smoothing_keeps_a_line_and_the_length() -> None:
     assert plots.smooth([1.0, 2.0, 3.0, 4.0], 3)[1:3] == [2.0, 3.0]
     assert plots.smooth([1.0], 5) == [1.0]
+
+
+def test_several_devices_are_one_training(tmp_path: Path) -> None:
+    """Processes of its own, the method's strategy for several, and one that speaks."""
+    command = [sys.executable, "-m", "lightning_offload.cli", "train", "name=two", "trainer.accelerator=cpu"]
+    command += ["trainer.devices=2", "trainer.max_steps=2", "trace=false", "data.batch_size=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("held-out, before -> after") == 1
+    assert len(re.findall(r"^model\b.*tiny", done.stdout, flags=re.MULTILINE)) == 1
+    assert "_offload_ddp: " in done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+    assert (tmp_path / "runs/two/hf/model.safetensors").is_file()

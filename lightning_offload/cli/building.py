@@ -46,6 +46,19 @@ def _telling(node: DictConfig) -> Iterator[tuple[str, Any]]:
             yield name, node[name]
 
 
+def spread(cfg: DictConfig) -> None:
+    """Take the method's strategy for several devices where several were asked for."""
+    trainer = cfg.trainer
+    devices, strategy = trainer.get("devices", 1), trainer.get("strategy")
+    count = len(devices) if isinstance(devices, ListConfig) else devices
+    several = (isinstance(count, int) and count > 1) or trainer.get("num_nodes", 1) > 1
+    if several and OmegaConf.is_config(strategy) and strategy._target_ in _OF_ONE_DEVICE:
+        strategy._target_ = strategy._target_.replace("Strategy", "DDPStrategy")
+
+
+_OF_ONE_DEVICE = [f"lightning_offload.{method}OffloadStrategy" for method in ("Full", "LSP", "ZO2", "MEFT")]
+
+
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
     """Make the objects of a group that has several."""
     return [build(cfg, f"{group}.{name}") for name in cfg[group] or {}]

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from lightning_offload import runs
 from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown
+from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
 from lightning_offload.cli.planning import plan_of_run
-from lightning_offload.cli.users import BAD_VALUES, user_errors
+from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import check_weights, export_to_hf, has_adapters
 from lightning_offload.memory.budget import cap_device
@@ -28,10 +28,12 @@ from lightning_offload.tracing import PICTURE_FILE, OffloadTimeline
 TRACED_STEPS = 2
 
 
+@said_by_rank_zero()
 def train(cfg: DictConfig) -> int:
     """Plan, then fit, with the held-out loss before and after; then save a Hugging Face folder and pictures."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with user_errors():
+        spread(cfg)
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
@@ -47,7 +49,7 @@ def train(cfg: DictConfig) -> int:
         _calibrate(trainer, data)
         planned = plan_of_run(cfg, trainer, model, batch, optimizer) if cfg.plan else None
         _watch(cfg, trainer, planned, folder)
-        if not trainer.fast_dev_run:  # which leaves nothing behind
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # which leaves nothing behind
             OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
     with _cap(cfg, trainer):
         before = held_out(trainer, model, data, resume)

@@ -6,10 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -29,6 +30,16 @@ def one_line_for_users(command: str) -> Iterator[None]:
             raise
         print(f"lightning-offload {command}: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+@contextmanager
+def said_by_rank_zero() -> Iterator[None]:
+    """Of several processes that run the same command, one prints."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere) if getattr(rank_zero_only, "rank", 0) else nullcontext(),
+    ):
+        yield
 
 
 @contextmanager
