@@ -1,11 +1,13 @@
 """Fine-tune language models that do not fit on the GPU, from PyTorch Lightning, by changing one argument.
 
-Importing this package registers its strategies: ``Trainer(strategy="lsp_offload")``.
+Importing this package registers its strategies: ``Trainer(strategy="lsp_offload")``. For the Trainer of
+``pytorch_lightning``, import that first, or ``lightning_offload.pl``.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning_offload.callbacks import OffloadStats, OffloadSummary
@@ -71,6 +73,8 @@ _HOME = {
 }
 
 register()
+if "pytorch_lightning" in sys.modules:
+    importlib.import_module("lightning_offload.pl")
 
 
 def __getattr__(name: str) -> Any:

@@ -77,6 +77,7 @@ RULES = {
         "behaviour gradient_behaviour meft_behaviour zeroth_behaviour ranks methods",
         "torch lightning typing_extensions",
     ),
+    "pl": May("__init__"),
     "registry": May("strategies", "lightning"),
     "mixins": May(
         "gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods shortage", "torch lightning"
