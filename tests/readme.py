@@ -111,7 +111,7 @@ TREE = {
     "lightning_offload/shortage.py": "out-of-memory errors, raised once more with both",
     "lightning_offload/words.py": "amounts as people read them",
     "lightning_offload/behaviour.py": "what every offload strategy does with Lightning's hooks",
-    "lightning_offload/pl/__init__.py": "the same for `pytorch_lightning`, compiled once more with its names",
+    "lightning_offload/pl/": "the same for `pytorch_lightning`, compiled once more with its names",
     "lightning_offload/ranks.py": "the behaviour on several devices, a process each",
     "lightning_offload/resting.py": "strategies whose weights stay in host memory at rest",
     "lightning_offload/gradient_behaviour.py": "what those of the methods with gradients do beside",
