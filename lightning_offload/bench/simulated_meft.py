@@ -124,7 +124,7 @@ def _values(plan: Plan) -> dict[str, float]:
 def _dense(module: CausalLM, width: int) -> None:
     """The parallel adapter: every token uses every row."""
     settings: dict[str, Any] = {"experts": 1, "active_experts": 1, "top_k": width, "gate": "none", "scope": "union"}
-    attach_parameters(module, width=width, dtype=torch.bfloat16, **settings)
+    attach_parameters(module, width=width, device=torch.device("meta"), dtype=torch.bfloat16, **settings)
 
 
 def _lora(module: CausalLM) -> None:

@@ -331,12 +331,12 @@ class Engine:
             self.close()
         finally:
             self.unhook()
+            self.muster.release()
 
     def unhook(self) -> None:
         """Remove everything the engine hung on the module and the optimizer; for those who call it by hand."""
         while self._undo:
             self._undo.pop()()
-        self.muster.release()
 
     def close(self) -> None:
         """Land what is in flight, stop workers, free device buffers; state stays readable. Idempotent."""
