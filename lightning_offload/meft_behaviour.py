@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_offload.attaching import machine_for
+from lightning_offload.attaching import local_ranks, machine_for
 from lightning_offload.checkpoint import ADAPTERS, compare_adapters
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.memory.blocks import partition
@@ -76,7 +76,10 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
         if not adapters_of(module):
             return
         method, dtypes = MEFT(settings), self.precision_plugin.dtypes(self._method())
-        units, machine = partition(module, settings.blocks), machine_for(module, settings, self.root_device)
+        units, machine = (
+            partition(module, settings.blocks),
+            machine_for(module, settings, self.root_device, local_ranks(trainer)),
+        )
         method.resolve(module, units, machine, dtypes, accumulates=False)
         self._forwards = RowForwards(module, method, self._make_lanes(machine, method.settings), dtypes, units)
         self._written_outside = writes_while_evaluating(trainer, module)

@@ -195,7 +195,13 @@ class OffloadMixin:
         return attachment if isinstance(attachment, ZerothAttachment) else None
 
     def _step(self, optimizer: LightningOptimizer, settings: StepSettings) -> None:
-        attachment = self._attachment
+        attachment, strategy = self._attachment, self._module.trainer.strategy
+        if (
+            isinstance(strategy, GradientBehaviour)
+            and strategy.engine is not None
+            and strategy.engine.gradients_visible
+        ):
+            strategy.engine.meet(visible=True)  # what is clipped is the mean
         if settings.gradient_clip_val is not None and attachment is not None and not attachment.sees_gradients:
             attachment.clip = Clip(settings.gradient_clip_val, settings.gradient_clip_algorithm)
         elif settings.gradient_clip_val is not None:

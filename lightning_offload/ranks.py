@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,7 +22,7 @@ from lightning_offload.memory.peers import ProcessPeers
 from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.methods.zo2 import ZO2Settings
 
-OF_THE_MACHINE = ("pin_memory", "host_threads", "native", "blocks", "max_device_gib", "max_host_gib")
+OF_THE_MACHINE = ("pin_memory", "blocks", "max_device_gib", "max_host_gib")
 """Settings that may differ between ranks: they decide no bits."""
 
 
@@ -57,15 +59,30 @@ class SeveralDevices(OffloadBehaviour[AnyEngine], DDPStrategy):
 
     @override
     def connect(self, model: LightningModule) -> None:
-        self._check_module(model)
         super().connect(model)
+        trainer = model._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._check_module(model)
+            self._check_callbacks(trainer)
+
+    def _check_callbacks(self, trainer: Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            kind = type(callback).__name__
+            if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+                raise NotImplementedError(
+                    f"`{kind}` saves when an exception is raised, but under `{type(self).__name__}` the other ranks "
+                    "are elsewhere then, and what they step is with them. Save every so many steps instead: "
+                    "`ModelCheckpoint(every_n_train_steps=...)`."
+                )
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.model is not None
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
-        self._peers = ProcessPeers()
+        if not isinstance(self._peers, ProcessPeers) or self._peers.left:
+            assert self._timeout is not None
+            self._peers = ProcessPeers(self._timeout)
         super().setup(trainer)
 
     @override
@@ -122,7 +139,9 @@ class SeveralDevices(OffloadBehaviour[AnyEngine], DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Ranks that share out the directions of a batch see the same one."""
         found: dict[str, Any] = super().distributed_sampler_kwargs
-        share = self.settings.direction_ranks if isinstance(self.settings, ZO2Settings) else 1
+        module = self.lightning_module
+        trains = module is None or module._trainer is None or module.trainer.training
+        share = self.settings.direction_ranks if isinstance(self.settings, ZO2Settings) and trains else 1
         return {"num_replicas": found["num_replicas"] // share, "rank": found["rank"] // share}
 
     # What is not trained must be the same too.
@@ -144,11 +163,25 @@ class SeveralDevices(OffloadBehaviour[AnyEngine], DDPStrategy):
             self._share(changing)
         return super().training_step(*args, **kwargs)
 
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Rank 0 writes; for the others what is on the device is not copied."""
+        if self.is_global_zero or self.root_device.type == "cpu":
+            return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        return state
+
     # The end.
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._peers.leave()  # the others are elsewhere
+        if self.engine is not None:
+            rank_zero_warn(
+                f"{self.strategy_name}: weights in the module may be of two steps after an exception, as those that "
+                "other ranks have stepped did not arrive. Continue with the last checkpoint, `fit(ckpt_path=...)`."
+            )
         super().on_exception(exception)
 
     @override

@@ -110,6 +110,8 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
             self._open_log(self.log_file, self.engine)
 
     def _open_log(self, path: Path, engine: ZerothEngine) -> None:
+        if self._peers.rank:  # one writes what all have
+            return
         begins = self._log is None and not engine.report.step
         check_log_file(path, resumed=not begins)
         size = sum(p.numel() * p.element_size() for p in engine.module.parameters())

@@ -52,6 +52,13 @@ class Hooked:
         self.seen_norm = sum(float(p.grad.norm()) for p in self.parameters() if p.grad is not None)  # type: ignore[attr-defined]
 
 
+class Synced:
+    """Logs what all ranks have found."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self.net.loss(batch), sync_dist=True, batch_size=2)  # type: ignore[attr-defined]
+
+
 def tokens() -> Tensor:
     return torch.randint(0, VOCAB, (SAMPLES, 6), generator=torch.Generator().manual_seed(5))
 
@@ -111,9 +118,11 @@ def train(method: str, how: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def evaluate(method: str, how: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Validation before, between and after."""
-    module = module_of(method)
-    run = trainer(STRATEGIES[method](), devices=int(os.environ["WORLD_SIZE"]), max_steps=2, max_epochs=-1)
-    data = DataLoader(tokens(), batch_size=2)
+    kind = type(module_of(method))
+    module = type("Synced", (Synced, kind), {})(schedule="step")
+    options = {"max_steps": 2, "max_epochs": -1, "use_distributed_sampler": False}
+    run = trainer(STRATEGIES[method](), devices=int(os.environ["WORLD_SIZE"]), **options)
+    data = loader(run.global_rank, run.world_size, of=run.world_size)
     run.limit_val_batches = 2
     first = run.validate(module, data, verbose=False)[0]["val/loss"]
     run.fit(module, data, data)
@@ -128,6 +137,7 @@ CASES: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any]]] = {
     **{f"{method}, manual": (train, method, {"manual": True}) for method in ("full", "zo2", "meft")},
     **{f"{method}, evaluated": (evaluate, method, {}) for method in ("full", "zo2", "meft")},
     "full, hooked": (train, "full", {"hooked": True}),
+    "full, hooked, manual": (train, "full", {"hooked": True, "manual": True}),
     "meft, hooked": (train, "meft", {"hooked": True}),
     "full, by value": (train, "full", {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}),
     "full, some small": (train, "full", {"settings": {"min_numel": 200}}),

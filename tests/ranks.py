@@ -43,6 +43,7 @@ class ThreadPeers:
     def __init__(self, room: Room, rank: int) -> None:
         self.rank, self.world, self._room = rank, room.world, room
         self.sent_bytes: dict[str, int] = {}
+        self.left = False
 
     def _all(self, kind: str, what: str, value: Any) -> list[Any]:
         return self._room.exchange(self.rank, f"{kind} {what}", value)

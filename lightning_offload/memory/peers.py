@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,11 +28,13 @@ class Peers(Protocol):
     Attributes:
         rank: Of this process, from 0.
         world: How many there are.
+        left: Whether nothing is exchanged any more.
         sent_bytes: Payload that this rank has given to exchanges so far, by what it was.
     """
 
     rank: int
     world: int
+    left: bool
     sent_bytes: dict[str, int]
 
     def mean_(self, tensors: Sequence[Tensor], what: str) -> None:
@@ -70,7 +73,7 @@ class Peers(Protocol):
 class Alone:
     """One rank: nothing is exchanged."""
 
-    rank, world = 0, 1
+    rank, world, left = 0, 1, False
 
     def __init__(self) -> None:
         self.sent_bytes: dict[str, int] = {}
@@ -108,25 +111,28 @@ class Alone:
 class ProcessPeers:
     """Processes of the default group of ``torch.distributed``, which has been initialised.
 
-    Tensors travel by its own backend, on the compute lane; what the host must know by gloo.
+    Tensors travel by its own backend, on the compute lane; what is on the host by gloo.
+
+    Args:
+        timeout: How long to wait for another rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.sent_bytes: dict[str, int] = {}
-        self._left = False
+        self.left = False
         # of its own: whatever else uses the default group may do so in between
-        self._tensors = dist.new_group()
-        self._host = dist.new_group(backend="gloo")
+        self._tensors = dist.new_group(timeout=timeout)
+        self._host = dist.new_group(timeout=timeout, backend="gloo")
 
     def mean_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """See ``Peers.mean_``; several of a dtype travel as one."""
-        for same in _by_dtype(tensors):
+        """See ``Peers.mean_``; several small ones of a dtype travel as one."""
+        for same in _alike(tensors):
             with self._exchange(what, nbytes(same)), lane_context(same[0].device):
                 whole = same[0] if len(same) == 1 and same[0].is_contiguous() else _flat(same)
                 whole.div_(self.world)
-                if not self._left:
-                    dist.all_reduce(whole, group=self._tensors)
+                if not self.left:
+                    dist.all_reduce(whole, group=self._group_of(whole))
                 if whole is not same[0]:
                     _spread(whole, same)
 
@@ -135,8 +141,8 @@ class ProcessPeers:
         for tensor in tensors:
             with self._exchange(what, nbytes([tensor]) * (self.rank == owner)), lane_context(tensor.device):
                 whole = tensor.contiguous()
-                if not self._left:
-                    dist.broadcast(whole, owner, group=self._host if tensor.device.type == "cpu" else self._tensors)
+                if not self.left:  # as bytes: no backend knows every dtype
+                    dist.broadcast(whole.reshape(-1).view(torch.uint8), owner, group=self._group_of(whole))
                 if whole is not tensor:
                     tensor.copy_(whole)
 
@@ -144,7 +150,7 @@ class ProcessPeers:
         """See ``Peers.any``."""
         found = torch.tensor(list(flags), dtype=torch.uint8, device="cpu")
         with self._exchange("control", found.nbytes):
-            if not self._left and len(found):
+            if not self.left and len(found):
                 dist.all_reduce(found, dist.ReduceOp.MAX, group=self._host)
         return [bool(flag) for flag in found.tolist()]
 
@@ -157,7 +163,7 @@ class ProcessPeers:
 
     def gather_tensors(self, tensor: Tensor, what: str) -> list[Tensor]:
         """See ``Peers.gather_tensors``."""
-        if self._left:
+        if self.left:
             return [tensor]
         shape = torch.tensor([len(tensor), math.prod(tensor.shape[1:])], device="cpu")
         shapes = [torch.empty_like(shape) for _ in range(self.world)]
@@ -169,7 +175,7 @@ class ProcessPeers:
         padded = tensor.new_zeros(max(sizes), width)
         padded[: len(tensor)] = tensor.reshape(len(tensor), width) if len(tensor) else padded[:0]
         gathered = [torch.empty_like(padded) for _ in range(self.world)]
-        with self._exchange(what, tensor.nbytes):
+        with self._exchange(what, padded.nbytes):
             if padded.numel():
                 dist.all_gather(gathered, padded, group=self._host)
         tail = tensor.shape[1:] if len(tensor) else ((width,) if tensor.dim() > 1 else ())
@@ -179,7 +185,7 @@ class ProcessPeers:
         """See ``Peers.first``."""
         held: list[Any] = [value]
         with self._exchange("control", 0):
-            if not self._left:
+            if not self.left:
                 dist.broadcast_object_list(held, 0, group=self._host)
         found: Value = held[0]
         return found
@@ -188,23 +194,28 @@ class ProcessPeers:
         """See ``Peers.bring``."""
         held: list[Any] = [value]
         with self._exchange("state", 0):
-            if not self._left and owner and self.rank == owner:
+            if not self.left and owner and self.rank == owner:
                 dist.send_object_list(held, 0, group=self._host)
-            if not self._left and owner and self.rank == 0:
+            if not self.left and owner and self.rank == 0:
                 dist.recv_object_list(held, owner, group=self._host)
         found: Value = held[0]
         return found
 
     def leave(self) -> None:
         """See ``Peers.leave``."""
-        self._left = True
+        self.left = True
+
+    def _group_of(self, tensor: Tensor) -> Any:
+        return self._host if tensor.device.type == "cpu" else self._tensors
 
     @contextmanager
     def _exchange(self, what: str, sent_bytes: int) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            self._left = True  # what follows is only cleaning up
+            self.left = True  # what follows is only cleaning up
             raise PeersLostError(
                 f"Rank {self.rank} of {self.world} lost the others while it exchanged {what} ({_first_line(error)}). "
                 "Another process has ended, or is further behind than the strategy's `timeout`: look at its output. "
@@ -222,11 +233,20 @@ def owners(sizes: Sequence[int], world: int) -> list[int]:
     return found
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    kinds: dict[torch.dtype, list[Tensor]] = {}
+PIECE_BYTES = 1 << 25
+"""Most bytes of tensors that travel as one, beside those that are larger by themselves."""
+
+
+def _alike(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Of one dtype and place each, and together no larger than a piece."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).append(tensor)
-    return list(kinds.values())
+        held = kinds.setdefault((tensor.dtype, tensor.device), [])
+        if held and nbytes(held) + tensor.nbytes > PIECE_BYTES:
+            yield list(held)
+            held.clear()
+        held.append(tensor)
+    yield from (held for held in kinds.values() if held)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_offload.errors import CheckpointError, OffloadError
+from lightning_offload.errors import CheckpointError, OffloadError, PeersLostError
 from lightning_offload.memory.blocks import Unit, partition
 from lightning_offload.memory.budget import Machine
 from lightning_offload.memory.lanes import Lanes
@@ -115,7 +115,8 @@ class Engine:
             if machine is not None:
                 self._require_host(machine, claimed, on_host)
             # several ranks decide together: a part of the norms is not known here
-            decides_late = expects_clip or (settings.skip_nonfinite and (not method.layer_wise or self.peers.world > 1))
+            checks = settings.skip_nonfinite and not method.layer_wise
+            decides_late = expects_clip or checks or self.peers.world > 1
             site = Site(
                 self.rule,
                 lanes,
@@ -358,6 +359,7 @@ class Engine:
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state as ``torch.optim.Optimizer.state_dict`` has it, as CPU tensors."""
         self.flush()
+        self._refuse_parted()
         packed: dict[str, Any] = self.optimizer.state_dict()
         states = {t.position: self.peers.bring(self._part_of[id(t)].state_of(t), t.owner) for t in self.trained}
         packed["state"] = {position: state for position, state in sorted(states.items()) if state}
@@ -396,6 +398,13 @@ class Engine:
             GRADIENTS: self._gradients(),
             SKIPS: skips,
         }
+
+    def _refuse_parted(self) -> None:
+        if self.peers.left:
+            raise PeersLostError(
+                "Nothing can be saved after an exception on several devices: what other ranks step is with them. "
+                "Continue with the last checkpoint."
+            )
 
     def _master_of(self, trained: Trained) -> Tensor | None:
         return self._part_of[id(trained)].master_of(trained)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, Lanes, lane_context, nbytes
+from lightning_offload.memory.peers import Peers
 from lightning_offload.methods.base import Moment, Trained
 from lightning_offload.methods.homes import Home
 from lightning_offload.methods.projections import HostPairs, Pair, Projections
@@ -68,10 +69,11 @@ class Refits:
     Args:
         lanes: Where it runs.
         settings: Of the method, resolved.
+        peers: The other ranks: rank 0's projectors are those of all.
     """
 
-    def __init__(self, lanes: Lanes, settings: LSPSettings) -> None:
-        self._lanes, self._settings = lanes, settings
+    def __init__(self, lanes: Lanes, settings: LSPSettings, peers: Peers) -> None:
+        self._lanes, self._settings, self._peers = lanes, settings, peers
         self._all: dict[str, Projections] = {}
         self._homes: dict[str, SubspaceHome] = {}
 
@@ -118,17 +120,23 @@ class Refits:
     def first_fit(self, projections: Projections, gradient: Tensor) -> None:
         """At once: nothing has been made in the random subspace yet."""
         projections.first_fit(gradient)
+        self._share(projections.pair)
         for name in projections.members:
             self._homes[name].pair = projections.pair
 
     def judge(self, projections: Projections, gradient: Tensor) -> None:
         """New projectors, if these miss too much; in use once the delta under way has been applied."""
         threshold = self._settings.bias_threshold
-        if not threshold or projections.bias(gradient) > threshold:
+        if not threshold or self._peers.first(projections.bias(gradient)) > threshold:
             self._replace(projections, gradient)
 
     def _replace(self, projections: Projections, gradient: Tensor) -> None:
         projections.judged = projections.replaced(gradient)
+        self._share(projections.judged)
+
+    def _share(self, pair: Pair) -> None:
+        scale = [pair.scale] if pair.scale is not None else []
+        self._peers.share_([*pair.tensors, *scale], 0, "projectors")
 
     def calibration_due(self, step: int) -> bool:
         """See ``HostPart.calibration_due``."""

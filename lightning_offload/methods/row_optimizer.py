@@ -210,7 +210,6 @@ class RowOptimizer(Sender):
         """See ``Sender.meet``: every rank adds up the rows of all, in rank order."""
         self._lanes.synchronize()
         for table in self._table.values():
-            shown = table.name in self._shown
             self._take_back(table)
             rows = table.touched.nonzero().flatten()
             everyones = self._peers.gather_tensors(rows, "places of rows")
@@ -220,7 +219,7 @@ class RowOptimizer(Sender):
                 if len(some):
                     table.add(some, gradient.div_(self._peers.world))
                     self._added[table.name] = self._nothing_after(self._lanes.compute())
-            if shown:
+            if self._gradients_visible() and table.name in self._added:
                 self._show(table)
 
     def describe(self) -> str:

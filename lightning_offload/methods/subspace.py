@@ -58,7 +58,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     def __init__(self, trained: Sequence[Trained], site: Site, settings: LSPSettings) -> None:
         self._settings = settings
-        self._refits = Refits(site.lanes, settings)
+        self._refits = Refits(site.lanes, settings, site.peers)
         super().__init__(trained, site)
         sizes = [slot_bytes([home.delta for home in unit.homes]) for unit in self._units]
         self._deliveries = Deliveries(self._lanes, [unit.flight for unit in self._units], max(sizes), AHEAD)
@@ -227,9 +227,15 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         with lane_context(self._lanes.device):
             gradient = home.trained.gradient() if home.trained.parameter.grad is not None else None
             fits, due = not home.projections.fitted, self._refits.is_due(home, moment)
-            looks = gradient is not None and (fits or due)
-            if gradient is not None and looks:  # all ranks must find the same projectors
-                self._mean_([gradient, *([home.held] if home.held is not None else [])], "gradients to fit to")
+            looks = (gradient is not None or self._peers.world > 1) and (fits or due)
+            if looks and self._peers.world > 1:  # all ranks must find the same projectors, whatever each of them has
+                if gradient is None:
+                    home.trained.parameter.grad = torch.zeros_like(home.trained.parameter)
+                    gradient = home.trained.gradient()
+                if home.held is None:
+                    home.held = gradient.new_zeros(home.delta[0])
+                self._mean_([gradient], "gradients to fit to")
+                self._mean_([home.held], self._what)
             if gradient is not None and fits:
                 self._refits.first_fit(home.projections, gradient)
             compressed = self._compressed(home)
@@ -375,6 +381,8 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         """On the compute lane, before the unit's forward."""
         with lane_context(self._lanes.device):
             for home, delta in zip(homes, deltas, strict=True):
+                if self._peers.left and not self._mine([home]):
+                    continue  # it will not come any more
                 self._peers.share_([delta], home.trained.owner, "deltas")
                 square = delta.view(home.pair.left.dim, -1)
                 self._lanes.run(home.like("apply"), partial(self._apply_one, home, square))

@@ -123,6 +123,7 @@ class ZerothEngine:
         self._seed: int | None = None  # of the step that has begun
         self._reordered = False  # the step that has begun
         self._sums: list[tuple[int, list[float]]] = []  # weight and losses of each part so far, by kind
+        self._before: list[tuple[int, list[float]]] = []  # those of a step that a checkpoint has begun
         self._undo: list[Callable[[], Any]] = []
         self._base: str | None = None
         settings = method.settings
@@ -226,13 +227,18 @@ class ZerothEngine:
                 is to detect anomalies.
             OffloadError: Other parameters are to be trained than at first.
         """
-        self._sums = self._everyones()
-        if not self._sums:
+        sums = self._window()
+        self._sums, self._before = [], []
+        if not sums:
             return
         self._refuse_changes()
         self.lanes.mark("step")
-        self._step(clip)
+        self._step(sums, clip)
         self.lanes.mark("")
+
+    def _window(self) -> list[tuple[int, list[float]]]:
+        """Losses of this step so far, of all ranks."""
+        return [*self._before, *self._everyones()]
 
     def _everyones(self) -> list[tuple[int, list[float]]]:
         """Losses of all ranks: those that share out the directions of a batch have a part of each."""
@@ -248,9 +254,8 @@ class ZerothEngine:
                 merged.append((int(parts[0][0]), losses))
         return merged
 
-    def _step(self, clip: Clip | None) -> None:
+    def _step(self, sums: Sequence[tuple[int, list[float]]], clip: Clip | None) -> None:
         self._steps += 1
-        sums, self._sums = self._sums, []
         seed, self._seed = self._seed, None
         if seed is None:  # this rank has had no batch
             seed = self.noise.seed()
@@ -303,7 +308,7 @@ class ZerothEngine:
 
     def drop(self) -> None:
         """After an exception: forget the losses of the unfinished step."""
-        self._sums, self._seed = [], None
+        self._sums, self._before, self._seed = [], [], None
         self.streaming.rest()
         self.lanes.synchronize()
 
@@ -360,7 +365,7 @@ class ZerothEngine:
         own = {
             STEPS: self._steps,
             ENTRIES: [(e.step, e.direction, e.seed, e.coefficient, e.lr, e.weight_decay) for e in self.log],
-            SUMS: list(self._sums),
+            SUMS: self._window(),
             SKIPS: (self.report.skipped_in_a_row, self.report.skipped_total),
             SEEDS: (self._seed, self.noise.state()),
             BASE: self._base,
@@ -383,7 +388,8 @@ class ZerothEngine:
                 "with the setting of the checkpoint, or load the weights alone (`load_from_checkpoint`)."
             )
         own = extras[OWN]
-        self._steps, self._sums, self._base = own[STEPS], list(own[SUMS]), own[BASE]
+        self._steps, self._base = own[STEPS], own[BASE]
+        self._sums, self._before = [], list(own[SUMS])  # of all ranks, each of which adds its own
         self.log = [Entry(*row) for row in own[ENTRIES]]
         in_a_row, total = own[SKIPS]
         self.report = ZerothReport(step=self._steps, skipped_in_a_row=in_a_row, skipped_total=total)

@@ -260,16 +260,20 @@ def test_a_rank_without_a_gradient_counts_as_zeros(kind: str, who: int) -> None:
         assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
 
 
-def test_a_parameter_that_nobody_uses_is_left_alone() -> None:
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_parameter_that_nobody_uses_is_left_alone(checks: bool) -> None:
     net = Net()
     net.spare = nn.Linear(4, 4)
 
     def run(peers: ThreadPeers) -> list[Tensor]:
-        trainee = Trainee(net, full, peers=peers)
-        for step in range(2):
+        trainee = Trainee(net, lambda: full(skip_nonfinite=checks), peers=peers)
+        for step in range(3):
             trainee.backward(batches(step, 2)[peers.rank], 1, last=True)
             trainee.step()
         trainee.engine.flush()
+        mine = [t for t in trainee.engine.host.trained if t.owner == peers.rank and "spare" in t.name]
+        masters = [trainee.engine.host._home[t.name].master.view(t.parameter.shape) for t in mine]
+        assert all(torch.equal(m, t.parameter.detach()) for m, t in zip(masters, mine, strict=True))
         return [p.detach() for p in trainee.net.spare.parameters()]
 
     for found in on_ranks(2, run):
@@ -322,6 +326,37 @@ def test_what_n_ranks_have_saved_is_continued_by_m(
     for weights in found:
         assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
     assert any(not torch.equal(expected[name], weight) for name, weight in saved["weights"].items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"directions": 2, "direction_ranks": 2}], ids=str)
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_losses_of_all_ranks_are_in_a_window_that_is_continued(after: int, settings: dict[str, Any]) -> None:
+    """By as many ranks or others, each of which adds its own."""
+    start = Net()
+    alike = {name: value for name, value in settings.items() if name != "direction_ranks"}
+    given = settings if after > 1 else alike
+
+    def run(peers: ThreadPeers | None, how: dict[str, Any], saved: Any) -> tuple[Any, list[Any]]:
+        net = copy.deepcopy(start)
+        engine = zeroth(net, ZO2Settings(seed=3, min_numel=0, **how), peers, None)
+        rank, share = (0, 1) if peers is None else (peers.rank, how.get("direction_ranks", 1))
+        if saved is None:
+            engine.micro_batch(net.loss, [batches(0, 2)[rank // share]])
+            return engine.extras(), []
+        engine.load_extras(copy.deepcopy(saved))
+        engine.micro_batch(net.loss, [batches(1, 4)[rank // share]])
+        engine.step()
+        return None, engine.log
+
+    saved = on_ranks(2, lambda peers: run(peers, settings, None))[0][0]
+    share = given.get("direction_ranks", 1)
+    found = on_ranks(after, lambda peers: run(peers, given, saved))
+    net = copy.deepcopy(start)
+    engine = zeroth(net, ZO2Settings(seed=3, min_numel=0, **alike), None, None)
+    for tokens in (*batches(0, 2)[: 2 // settings.get("direction_ranks", 1)], *batches(1, 4)[: after // share]):
+        engine.micro_batch(net.loss, [tokens])
+    engine.step()
+    assert all(log == engine.log for _, log in found)
 
 
 def test_what_is_exchanged() -> None:

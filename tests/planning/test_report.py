@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightning_offload.memory.ledger import Span
 from lightning_offload import words
+from lightning_offload.memory.ledger import Span
 from lightning_offload.planning.report import report
 from lightning_offload.planning.result import THE_RUN_ITSELF, Advice, Memory, Plan
 from lightning_offload.timeline import LaneUse
