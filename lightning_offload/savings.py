@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_offload.memory.blocks import Unit, has_checkpointing, partition
 from lightning_offload.methods.base import DTypes, Flight, Trained
@@ -57,6 +58,15 @@ class Run:
     def trainer(self) -> Trainer:
         """The module's."""
         return self.module.trainer
+
+    @property
+    def ranks(self) -> int:
+        """Processes of this training."""
+        return self.trainer.world_size if isinstance(self.trainer.strategy, DDPStrategy) else 1
+
+    def strategy_of(self, method: str) -> str:
+        """Another method's, for as many devices."""
+        return f"`strategy='{method}_offload{'_ddp' * (self.ranks > 1)}'`"
 
     @property
     def units(self) -> Sequence[Unit]:
@@ -125,7 +135,8 @@ def arena_bytes(run: Run, method: Method, dtypes: DTypes) -> int:
         for t in others
         if t.parameter.numel() >= settings.min_numel
     )
-    return common + method.host_bytes(claimed, rule, dtypes)
+    own = method.host_bytes(claimed, rule, dtypes)
+    return common // run.ranks + (own // run.ranks if method.shards else own)  # each steps about as much
 
 
 def _trained(optimizer: torch.optim.Optimizer, units: Sequence[Unit]) -> list[Trained]:
@@ -212,7 +223,7 @@ def _narrow(run: Run) -> Saving | None:
 
 def _accumulate(run: Run) -> Saving | None:
     method = _fits_in_arenas(run)
-    if method is None or isinstance(method, MEFT) or run.micro_batches < 2:
+    if method is None or isinstance(method, MEFT) or run.micro_batches < 2 or run.ranks > 1:
         return None
     here = method.settings.accumulate
     other = "device" if here == "host" else "host"
@@ -231,7 +242,7 @@ def _project(run: Run) -> Saving | None:
     kept: dict[str, Any] = {name: getattr(settings, name) for name in ("min_numel", "blocks", "accumulate")}
     other = LSP(LSPSettings(**kept))
     saved = arena_bytes(run, method, run.dtypes) - arena_bytes(run, other, run.dtypes)
-    return Saving("`strategy='lsp_offload'` (updates in a subspace of each linear weight)", 0, saved)
+    return Saving(f"{run.strategy_of('lsp')} (updates in a subspace of each linear weight)", 0, saved)
 
 
 def _stream(run: Run) -> Saving | None:
@@ -243,7 +254,7 @@ def _stream(run: Run) -> Saving | None:
     on_device = sum(streamed) - slots + held.get("gradients", 0)
     method = _fits_in_arenas(run)
     on_host = arena_bytes(run, method, run.dtypes) - sum(streamed) if method is not None else 0
-    return Saving("`strategy='zo2_offload'` (weights are streamed, no backward, SGD)", on_device, on_host)
+    return Saving(f"{run.strategy_of('zo2')} (weights are streamed, no backward, SGD)", on_device, on_host)
 
 
 def _fewer_dims(run: Run) -> Saving | None:

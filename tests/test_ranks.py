@@ -299,7 +299,9 @@ def test_manual_optimization_by_hand_is_refused() -> None:
         FullOffloadDDPStrategy()._check_module(ByHand())
 
 
-@pytest.mark.parametrize("callback", [OnExceptionCheckpoint("."), ModelCheckpoint(save_on_exception=True)], ids=str)
+@pytest.mark.parametrize(
+    "callback", [OnExceptionCheckpoint("."), ModelCheckpoint(save_on_exception=True)], ids=["always", "asked"]
+)
 def test_checkpoints_on_exceptions_are_refused(callback: L.Callback) -> None:
     run = L.Trainer(callbacks=[callback], logger=False)
     with pytest.raises(NotImplementedError, match=r"saves when an exception is raised.*every_n_train_steps"):

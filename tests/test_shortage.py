@@ -305,3 +305,18 @@ def test_one_report_of_several_around_one_another() -> None:
     assert "in `backward`" in str(caught.value)
     assert "zo2_offload" not in str(caught.value)  # the module's method is its own
     assert not isinstance(caught.value.__cause__, DeviceShortageError)
+
+
+def test_on_several_devices_what_is_refused_there_is_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And arenas are shared out."""
+    run = run_of(Lit(**LARGE), offload(accumulate="host"), accumulate_grad_batches=2)
+    run = on_a_gpu(run, monkeypatch)
+    alone = {saving.words: saving for saving in savings(run, "host", 99)}
+    monkeypatch.setattr(Run, "ranks", 2)
+    several = {saving.words: saving for saving in savings(run, "host", 99)}
+    assert any("accumulate=" in words for words in alone)
+    assert not any("accumulate=" in words for words in several)
+    assert not any("zo2_offload'" in words or "lsp_offload'" in words for words in several)
+    (mine,), (whole,) = ([s for words, s in found.items() if "lsp_offload" in words] for found in (several, alone))
+    assert "`strategy='lsp_offload_ddp'`" in mine.words
+    assert mine.host_bytes == pytest.approx(whole.host_bytes / 2, abs=2)
