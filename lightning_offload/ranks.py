@@ -175,6 +175,12 @@ class SeveralDevices(OffloadBehaviour[AnyEngine], DDPStrategy):
     # The end.
 
     @override
+    def teardown(self) -> None:
+        super().teardown()
+        if isinstance(self._peers, ProcessPeers):
+            self._peers.close()
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         self._peers.leave()  # the others are elsewhere
         if self.engine is not None:

@@ -121,9 +121,8 @@ class ProcessPeers:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.sent_bytes: dict[str, int] = {}
         self.left = False
-        # of its own: whatever else uses the default group may do so in between
-        self._tensors = dist.new_group(timeout=timeout)
-        self._host = dist.new_group(timeout=timeout, backend="gloo")
+        self._timeout = timeout
+        self._groups: dict[str | None, Any] = {}
 
     def mean_(self, tensors: Sequence[Tensor], what: str) -> None:
         """See ``Peers.mean_``; several small ones of a dtype travel as one."""
@@ -205,8 +204,26 @@ class ProcessPeers:
         """See ``Peers.leave``."""
         self.left = True
 
+    def close(self) -> None:
+        """Let go of connections; an exchange after this makes them again. Every rank calls it."""
+        groups, self._groups = self._groups, {}
+        if not self.left:  # else somebody may hang in one of them
+            for group in groups.values():
+                dist.barrier(group)
+                dist.destroy_process_group(group)
+
+    def _group(self, backend: str | None) -> Any:
+        """Of its own: whatever else uses the default group may do so in between."""
+        if backend not in self._groups:
+            self._groups[backend] = dist.new_group(timeout=self._timeout, backend=backend)
+        return self._groups[backend]
+
+    @property
+    def _host(self) -> Any:
+        return self._group("gloo")
+
     def _group_of(self, tensor: Tensor) -> Any:
-        return self._host if tensor.device.type == "cpu" else self._tensors
+        return self._group("gloo" if tensor.device.type == "cpu" else None)
 
     @contextmanager
     def _exchange(self, what: str, sent_bytes: int) -> Iterator[None]:
