@@ -137,6 +137,7 @@ TREE = {
     "lightning_offload/export.py": "a Hugging Face folder, checked by its logits",
     "lightning_offload/adapters.py": "adapters as a folder in PEFT's form, and back onto a model",
     "lightning_offload/merging.py": "adapters made a part of the networks beside them, where exact",
+    "lightning_offload/writing.py": "files that are written whole or not at all, and what is said where they cannot be",
     "lightning_offload/folders.py": "folders that are written whole or not at all",
     "lightning_offload/text/": "language models, data modules, the shipped model and its corpus",
     "lightning_offload/cli/": "`lightning-offload train | plan | evaluate | export | bench | doctor`",

@@ -37,9 +37,10 @@ RULES = {
     "memory": May("errors", "torch psutil", "safetensors"),
     "methods": May("errors numerics memory", "torch", "numpy"),
     "words": May("memory"),
+    "writing": May("words"),
     "windows": May("", "lightning"),
     "precision": May("errors methods", "torch lightning typing_extensions"),
-    "checkpoint": May("errors memory", "torch lightning typing_extensions"),
+    "checkpoint": May("errors memory writing", "torch lightning typing_extensions"),
     "tables": May("memory methods words", "torch"),
     "savings": May("memory methods precision tables", "torch lightning"),
     "shortage": May("errors memory savings tables words", "torch"),
@@ -84,7 +85,7 @@ RULES = {
     ),
     "method_mixins": May("meft_behaviour behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
     "callbacks": May("behaviour attaching attachment memory methods tables", "torch lightning typing_extensions"),
-    "timeline": May("memory", "", "matplotlib"),
+    "timeline": May("memory writing", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "planning": May("errors memory methods parts timeline words", "torch", "yaml .text"),
     "__init__": May(
@@ -104,12 +105,12 @@ RULES = {
     ),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow"),
     "doctor": May("memory", "torch"),
-    "plots": May("errors", "", "matplotlib yaml"),
+    "plots": May("errors writing", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench "
+        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench writing "
         "conf __init__ text",
-        "torch lightning hydra omegaconf",
+        "torch lightning hydra omegaconf typing_extensions",
     ),
 }
 """The layers of the design; a new module is added here, with what it may import."""

@@ -16,6 +16,7 @@ from typing import NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_offload import runs
 from lightning_offload.cli.machine import bench, doctor
@@ -103,15 +104,17 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
             try:
                 _check_top_level(cfg)
                 code = max(code, _COMMANDS[command](cfg))
-            finally:
-                runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+            except BaseException:
+                runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir), cfg.get("runs_dir"))
+                raise
+            runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
     # The variable makes Hydra raise its errors instead of printing several lines and exiting with 1.
     with _process_state([sys.argv[0], *arguments], "1"):
         try:
             task()
         except ValueError as error:  # how Hydra refuses `group=null`
-            if begun:
+            if begun or isinstance(error, OmegaConfBaseException):
                 raise
             raise OffloadError(f"{error} (a group is switched off by =none)") from error
     return code

@@ -23,6 +23,7 @@ from lightning_offload.methods.sparse_adapter import ADAPTER
 from lightning_offload.methods.steplog import load_log
 from lightning_offload.replaying import replay
 from lightning_offload.text import CausalLM
+from lightning_offload.writing import written_file
 
 
 def evaluate(cfg: DictConfig) -> int:
@@ -53,7 +54,8 @@ def evaluate(cfg: DictConfig) -> int:
         "prompt": cfg.prompt,
         "sample": sample,
     }
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    with written_file(output) as file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {shown(output)}")
     return 0
 

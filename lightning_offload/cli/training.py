@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
 from lightning_offload.cli.planning import plan_of_run
+from lightning_offload.cli.stopping import Stopping, left_in_order
 from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import check_weights, export_to_hf, has_adapters
@@ -24,6 +26,7 @@ from lightning_offload.memory.budget import cap_device
 from lightning_offload.planning import Plan
 from lightning_offload.plots import metrics_files, plot_losses
 from lightning_offload.tracing import PICTURE_FILE, OffloadTimeline
+from lightning_offload.writing import is_of_disk, written_file
 
 TRACED_STEPS = 2
 
@@ -49,16 +52,23 @@ def train(cfg: DictConfig) -> int:
         _calibrate(trainer, data)
         planned = plan_of_run(cfg, trainer, model, batch, optimizer) if cfg.plan else None
         _watch(cfg, trainer, planned, folder)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # which leaves nothing behind
-            OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
-    with _cap(cfg, trainer):
+        stopping = Stopping(partial(_keep, cfg, trainer, folder))
+        trainer.callbacks.append(stopping)
+    with _cap(cfg, trainer), left_in_order(folder, stopping):
         before = held_out(trainer, model, data, resume)
-        _fit(trainer, model, data, resume)
+        _fit(trainer, model, data, resume, stopping)
         after = held_out(trainer, model, data)
-    if trainer.is_global_zero:
-        _print_change(before, after)
-        _save_results(cfg, model, folder)
+        if trainer.is_global_zero:
+            _print_change(before, after)
+            _save_results(cfg, model, folder)
     return 0
+
+
+def _keep(cfg: DictConfig, trainer: L.Trainer, folder: Path) -> None:
+    """Write down how the run was made, now that it runs; an earlier part of it keeps its own until then."""
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves nothing behind
+        with written_file(folder / runs.CONFIG) as file:
+            OmegaConf.save(cfg, file, resolve=True)
 
 
 def _watch(cfg: DictConfig, trainer: L.Trainer, planned: Plan | None, folder: Path) -> None:
@@ -139,14 +149,16 @@ def held_out(
     return {name.removeprefix(f"{split}/"): float(value) for name, value in metrics.items()}
 
 
-def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None) -> None:
+def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None, stopping: Stopping) -> None:
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume)
     except BAD_VALUES as error:
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+        if stopping.begun or is_of_disk(error):
             raise
         # before the first batch a strategy looks at model, optimizer and settings: the last of what is built
         raise OffloadError(str(error)) from error
+    if stopping.received:
+        raise KeyboardInterrupt
 
 
 def _print_change(before: dict[str, float], after: dict[str, float]) -> None:
