@@ -49,6 +49,8 @@ lightning-offload: fine-tune language models that do not fit on the GPU
 """
 _NOT_FOR_USERS = (r".*LeafSpec.*", r".*does not have many workers.*", r".*number of training batches.*")
 
+_NO_NEWS = ("litlogger", "PU available: ", "Loading `train_dataloader`", "Detected KeyboardInterrupt")
+
 
 def main() -> int:
     """Run the sub-command named by the first argument of the process; the console script's entry point.
@@ -124,7 +126,7 @@ def _quiet() -> None:
     """Leave out what Lightning says to developers, and its advertisement."""
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     ours = logging.getLogger("lightning_offload")
     if not ours.handlers:  # else Hydra's, which puts the time before every line
         ours.addHandler(logging.StreamHandler())
@@ -132,8 +134,8 @@ def _quiet() -> None:
         ours.propagate = False
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(said in record.getMessage() for said in _NO_NEWS)
 
 
 @contextmanager

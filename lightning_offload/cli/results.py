@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_offload import runs
 from lightning_offload.adapters import save_meft_adapter
 from lightning_offload.cli.building import build, build_data, dtype, put_adapters, shown
+from lightning_offload.cli.checks import seed_everything
 from lightning_offload.cli.training import held_out, how_to_load
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
@@ -34,7 +35,7 @@ def evaluate(cfg: DictConfig) -> int:
         if cfg.split not in ("val", "test"):
             raise OffloadError(f"`split` is val or test; got {cfg.split!r}")
         _fill_in(cfg, run)
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        seed_everything(cfg.seed)
         model = build(cfg, "model")
         if checkpoint and run:
             put_adapters(OmegaConf.load(run / runs.CONFIG), model)

@@ -17,6 +17,7 @@ from lightning_offload import runs
 from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
+from lightning_offload.cli.checks import check_rates, check_trainer, seed_everything
 from lightning_offload.cli.planning import plan_of_run
 from lightning_offload.cli.stopping import Stopping, left_in_order
 from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
@@ -36,9 +37,10 @@ def train(cfg: DictConfig) -> int:
     """Plan, then fit, with the held-out loss before and after; then save a Hugging Face folder and pictures."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with user_errors():
+        check_trainer(cfg.trainer)
         spread(cfg)
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        seed_everything(cfg.seed)
         optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
         model = build(cfg, "model", optimizer=optimizer, scheduler=scheduler)
         data = build_data(cfg, model)
@@ -100,7 +102,10 @@ def _check_trainable(cfg: DictConfig, model: Any, optimizer: Callable[[list[Any]
     """Refuse before the first validation what would fail after it, or do something else than asked."""
     model.setup("fit")
     if optimizer:
-        optimizer(list(model.parameters()))
+        try:
+            check_rates(optimizer(list(model.parameters())))
+        except ValueError as error:
+            raise OffloadError(f"optimizer: {error}; its settings are lr=... and optimizer.<name>=...") from error
     if cfg.trainer.max_steps < 1 and OmegaConf.select(cfg, "scheduler.num_training_steps") is not None:
         raise OffloadError("this scheduler needs trainer.max_steps=<number>; scheduler=linear also counts epochs")
     if cfg.method.name == "none":
@@ -162,6 +167,9 @@ def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None, stoppin
 
 
 def _print_change(before: dict[str, float], after: dict[str, float]) -> None:
+    if not after:
+        print("\nno held-out loss: trainer.limit_val_batches=0 leaves nothing to measure it on")
+        return
     print("\nheld-out, before -> after")
     for name in after:
         print(f"  {name.replace('_', ' '):<14} {before[name]:.3f} -> {after[name]:.3f}")
