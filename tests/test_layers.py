@@ -78,7 +78,8 @@ RULES = {
         "torch lightning typing_extensions",
     ),
     "pl": May("__init__"),
-    "registry": May("strategies", "lightning"),
+    "registry": May("behaviour ranks strategies", "lightning"),
+    "own_method": May("methods gradient_behaviour ranks registry strategies", "lightning"),
     "mixins": May(
         "gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods shortage", "torch lightning"
     ),
