@@ -63,8 +63,7 @@ class OffloadStrategy(OwnMethod, OneDevice[Engine]):
 
     ::
 
-        class SignSGDStrategy(OffloadStrategy, method=SignSGD):
-            \"""signSGD with its momentum in host memory.\"""
+        class SignSGDStrategy(OffloadStrategy, method=SignSGD): ...
 
     is all of it: the class takes the method's settings by name, a Trainer knows it as ``"signsgd_offload"``, the
     command line by ``_target_``, and ``plan(..., method="signsgd")`` plans it.

@@ -91,7 +91,7 @@ RULES = {
     "__init__": May(
         "registry strategies precision mixins method_mixins callbacks tracing",
         "",
-        ".export .planning .replaying .adapters .merging",
+        ".export .planning .replaying .adapters .merging .own_method",
     ),
     "replaying": May("errors methods numerics", "torch"),
     "folders": May(),
@@ -108,8 +108,8 @@ RULES = {
     "plots": May("errors", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench "
-        "conf __init__ text",
+        "errors memory methods behaviour strategies planning tracing export adapters merging replaying plots runs "
+        "doctor bench conf __init__ text",
         "torch lightning hydra omegaconf",
     ),
 }
