@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_offload.adapters import load_meft_adapter, save_meft_adapter
     from lightning_offload.export import export_to_hf
     from lightning_offload.merging import merge_meft_adapter
+    from lightning_offload.own_method import OffloadDDPStrategy, OffloadStrategy
     from lightning_offload.planning import Plan, plan
     from lightning_offload.replaying import replay
 
@@ -44,9 +45,11 @@ __all__ = [
     "MEFTMixin",
     "MEFTOffloadDDPStrategy",
     "MEFTOffloadStrategy",
+    "OffloadDDPStrategy",
     "OffloadMixin",
     "OffloadPrecision",
     "OffloadStats",
+    "OffloadStrategy",
     "OffloadSummary",
     "OffloadTimeline",
     "Plan",
@@ -63,6 +66,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "OffloadDDPStrategy": "own_method",
+    "OffloadStrategy": "own_method",
     "Plan": "planning",
     "export_to_hf": "export",
     "load_meft_adapter": "adapters",

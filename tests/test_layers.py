@@ -79,7 +79,8 @@ RULES = {
         "torch lightning typing_extensions",
     ),
     "pl": May("__init__"),
-    "registry": May("strategies", "lightning"),
+    "registry": May("behaviour ranks strategies", "lightning"),
+    "own_method": May("methods gradient_behaviour ranks registry strategies", "lightning"),
     "mixins": May(
         "gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods shortage", "torch lightning"
     ),
@@ -91,7 +92,7 @@ RULES = {
     "__init__": May(
         "registry strategies precision mixins method_mixins callbacks tracing",
         "",
-        ".export .planning .replaying .adapters .merging",
+        ".export .planning .replaying .adapters .merging .own_method",
     ),
     "replaying": May("errors methods numerics", "torch"),
     "folders": May(),
@@ -108,8 +109,8 @@ RULES = {
     "plots": May("errors writing", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench writing "
-        "conf __init__ text",
+        "errors memory methods behaviour strategies planning tracing export adapters merging replaying plots runs "
+        "doctor bench conf __init__ text writing progress callbacks",
         "torch lightning hydra omegaconf typing_extensions",
     ),
 }

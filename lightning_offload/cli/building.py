@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.meft import MEFTSettings, attach
+from lightning_offload.strategies import OneDevice
 
 _LINE_LENGTH = 118
 
@@ -52,11 +53,8 @@ def spread(cfg: DictConfig) -> None:
     devices, strategy = trainer.get("devices", 1), trainer.get("strategy")
     count = len(devices) if isinstance(devices, ListConfig) else devices
     several = (isinstance(count, int) and count > 1) or trainer.get("num_nodes", 1) > 1
-    if several and OmegaConf.is_config(strategy) and strategy._target_ in _OF_ONE_DEVICE:
+    if several and OmegaConf.is_config(strategy) and issubclass(get_class(strategy._target_), OneDevice):
         strategy._target_ = strategy._target_.replace("Strategy", "DDPStrategy")
-
-
-_OF_ONE_DEVICE = [f"lightning_offload.{method}OffloadStrategy" for method in ("Full", "LSP", "ZO2", "MEFT")]
 
 
 def build_all(cfg: DictConfig, group: str) -> list[Any]:

@@ -33,9 +33,9 @@ from torch import nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import GIB, Machine
-from lightning_offload.methods.base import DTypes, Rounding, Trained
+from lightning_offload.methods.base import DTypes, Trained
 from lightning_offload.methods.homes import weight_dtype
-from lightning_offload.methods.method import Site, resolve_common
+from lightning_offload.methods.method import Method, Site, resolve_common
 from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.row_tables import RowTable
 from lightning_offload.methods.rules import Rule
@@ -177,16 +177,17 @@ _CHOICES = {
 }
 
 
-class MEFT:
+class MEFT(Method):
     """The method ``meft``: claims keys and values of the adapters, keeps routers on the device."""
 
     name: ClassVar[str] = "meft"
-    layer_wise: ClassVar[bool] = False
+    summary: ClassVar[str] = "wide sparse adapters in host memory beside a frozen model"
+    settings_type: ClassVar[type[GradientSettings]] = MEFTSettings
     shards: ClassVar[bool] = False
-    rounding: ClassVar[Rounding] = "nearest"
+    settings: MEFTSettings
 
     def __init__(self, settings: MEFTSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self._adapters: list[SparseAdapter] = []
 
     def resolve(
@@ -256,10 +257,6 @@ class MEFT:
     def stays(self, module: nn.Module) -> set[int]:
         """See ``Method.stays``: routers score every token of every forward."""
         return {id(adapter.router) for adapter in adapters_of(module)}
-
-    def leaves_frozen(self) -> bool:
-        """See ``Method.leaves_frozen``."""
-        return False
 
     def host_bytes(self, claimed: Sequence[Trained], rule: Rule, dtypes: DTypes) -> int:
         """See ``Method.host_bytes``: masters, state, sums; and what the device is shown, where that is rounded."""
