@@ -18,6 +18,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.meft import MEFTSettings, attach
 
+PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
+
 _LINE_LENGTH = 118
 
 
@@ -60,8 +62,9 @@ _OF_ONE_DEVICE = [f"lightning_offload.{method}OffloadStrategy" for method in ("F
 
 
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
-    """Make the objects of a group that has several."""
-    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {}]
+    """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
+    barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
+    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
 
 
 def build_data(cfg: DictConfig, model: Any) -> Any:
