@@ -131,6 +131,7 @@ TREE = {
     "lightning_offload/attachment.py": "a mixin's own engine under a plain strategy",
     "lightning_offload/checkpoint.py": "streaming, atomic checkpoints",
     "lightning_offload/callbacks.py": "`OffloadStats`, `OffloadSummary`",
+    "lightning_offload/progress.py": "progress: a bar on a terminal, plain lines in a file",
     "lightning_offload/tracing.py": "`OffloadTimeline`: a few steps traced, all of them against the plan",
     "lightning_offload/timeline.py": "what lanes did: `timeline.png`, a Perfetto trace, the table against the plan",
     "lightning_offload/own_method.py": "the strategy of a method of your own, in one line",

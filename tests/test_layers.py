@@ -86,6 +86,7 @@ RULES = {
     ),
     "method_mixins": May("meft_behaviour behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
     "callbacks": May("behaviour attaching attachment memory methods tables", "torch lightning typing_extensions"),
+    "progress": May("errors", "lightning typing_extensions", "transformers"),
     "timeline": May("memory writing", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "planning": May("errors memory methods parts timeline words", "torch", "yaml .text"),
@@ -109,8 +110,8 @@ RULES = {
     "plots": May("errors writing", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour strategies planning tracing export adapters merging replaying plots runs "
-        "doctor bench conf __init__ text writing progress callbacks",
+        "errors memory methods behaviour callbacks strategies planning tracing export adapters merging replaying plots "
+        "progress runs doctor bench writing conf __init__ text",
         "torch lightning hydra omegaconf typing_extensions",
     ),
 }

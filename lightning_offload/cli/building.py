@@ -19,6 +19,8 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
 
+PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
+
 _LINE_LENGTH = 118
 
 
@@ -58,8 +60,9 @@ def spread(cfg: DictConfig) -> None:
 
 
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
-    """Make the objects of a group that has several."""
-    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {}]
+    """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
+    barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
+    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
 
 
 def build_data(cfg: DictConfig, model: Any) -> Any:

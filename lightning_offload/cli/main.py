@@ -27,6 +27,7 @@ from lightning_offload.cli.training import train
 from lightning_offload.cli.users import FULL_ERROR, one_line_for_users
 from lightning_offload.conf import schema
 from lightning_offload.errors import OffloadError
+from lightning_offload.progress import load_without_bars
 
 _USAGE = """\
 lightning-offload: fine-tune language models that do not fit on the GPU
@@ -123,7 +124,9 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
 
 
 def _quiet() -> None:
-    """Leave out what Lightning says to developers, and its advertisement."""
+    """Leave out what Lightning says to developers, its advertisement, and bars where there is no terminal."""
+    if not sys.stderr.isatty():
+        load_without_bars()
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)

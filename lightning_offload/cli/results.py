@@ -22,6 +22,7 @@ from lightning_offload.export import export_to_hf, has_adapters, load_weights
 from lightning_offload.merging import merge_meft_adapter
 from lightning_offload.methods.sparse_adapter import ADAPTER
 from lightning_offload.methods.steplog import load_log
+from lightning_offload.progress import progress_bar
 from lightning_offload.replaying import replay
 from lightning_offload.text import CausalLM
 from lightning_offload.writing import written_file
@@ -41,7 +42,8 @@ def evaluate(cfg: DictConfig) -> int:
             put_adapters(OmegaConf.load(run / runs.CONFIG), model)
             load_weights(model, checkpoint)
         data = build_data(cfg, model)
-        trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False)
+        bar = [progress_bar()] if cfg.trainer.enable_progress_bar else []
+        trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False, callbacks=bar)
     metrics = held_out(trainer, model, data, split=cfg.split)
     prompts: Any = [{"prompt": cfg.prompt, "max_new_tokens": cfg.max_new_tokens}]
     (sample,) = trainer.predict(model, DataLoader(prompts, batch_size=None))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_offload import runs
 from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.callbacks import OffloadStats
 from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
 from lightning_offload.cli.checks import check_rates, check_trainer, seed_everything
 from lightning_offload.cli.planning import plan_of_run
@@ -42,9 +43,11 @@ def train(cfg: DictConfig) -> int:
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
         seed_everything(cfg.seed)
         optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
+        # before weights are loaded: a package may be missing
+        callbacks, loggers = build_all(cfg, "callbacks"), build_all(cfg, "logger")
         model = build(cfg, "model", optimizer=optimizer, scheduler=scheduler)
         data = build_data(cfg, model)
-        trainer = build(cfg, "trainer", callbacks=build_all(cfg, "callbacks"), logger=build_all(cfg, "logger"))
+        trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
         if resume:
             put_adapters(cfg, model)
             check_weights(model, resume)
@@ -75,6 +78,8 @@ def _keep(cfg: DictConfig, trainer: L.Trainer, folder: Path) -> None:
 
 def _watch(cfg: DictConfig, trainer: L.Trainer, planned: Plan | None, folder: Path) -> None:
     """Have the run compared with its plan, and a few of its steps drawn."""
+    if planned is not None:
+        _tell_bound(trainer, planned)
     if not isinstance(trainer.strategy, OffloadBehaviour) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     predicted = planned.prediction if planned is not None else None
@@ -82,6 +87,12 @@ def _watch(cfg: DictConfig, trainer: L.Trainer, planned: Plan | None, folder: Pa
     trainer.callbacks.insert(0, timeline)  # type: ignore[attr-defined]
     if planned is not None:
         trainer.strategy.uses = planned.uses
+
+
+def _tell_bound(trainer: L.Trainer, planned: Plan) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, OffloadStats) and callback.bound_s is None:
+            callback.bound_s = planned.bound_s
 
 
 @contextmanager
