@@ -30,6 +30,7 @@ from lightning_offload.tracing import OffloadTimeline
 if TYPE_CHECKING:
     from lightning_offload.adapters import load_meft_adapter, save_meft_adapter
     from lightning_offload.export import export_to_hf
+    from lightning_offload.lora import save_peft_adapter
     from lightning_offload.merging import merge_meft_adapter
     from lightning_offload.planning import Plan, plan
     from lightning_offload.replaying import replay
@@ -60,6 +61,7 @@ __all__ = [
     "register",
     "replay",
     "save_meft_adapter",
+    "save_peft_adapter",
 ]
 
 _HOME = {
@@ -70,6 +72,7 @@ _HOME = {
     "plan": "planning",
     "replay": "replaying",
     "save_meft_adapter": "adapters",
+    "save_peft_adapter": "lora",
 }
 
 register()
