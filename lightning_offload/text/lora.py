@@ -61,11 +61,7 @@ def put_lora(network: Any, given: Mapping[str, Any] | None) -> None:
         LoraConfig(
             r=settings.rank,
             lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
-            target_modules=targets
-            if targets == "all-linear"
-            else [targets]
-            if isinstance(targets, str)
-            else [*targets],
+            target_modules=[targets] if named else targets,
             lora_dropout=settings.dropout,
             task_type="SEQ_CLS" if heads else "CAUSAL_LM",
             modules_to_save=heads or None,
