@@ -93,25 +93,30 @@ RULES = {
     "__init__": May(
         "registry strategies precision mixins method_mixins callbacks tracing",
         "",
-        ".export .planning .replaying .adapters .merging .own_method",
+        ".export .planning .replaying .adapters .lora .merging .own_method",
     ),
     "replaying": May("errors methods numerics", "torch"),
-    "folders": May(),
-    "export": May("errors checkpoint folders methods", "torch", "transformers safetensors"),
-    "adapters": May("errors memory methods checkpoint folders export", "torch", "safetensors .__init__"),
-    "merging": May("errors checkpoint methods adapters", "torch"),
+    "folders": May("errors", "", "safetensors"),
+    "stock": May("", "torch"),
+    "agreement": May("errors", "torch"),
+    "lora": May("errors folders stock agreement", "torch", "peft safetensors"),
+    "export": May("errors memory checkpoint folders methods stock agreement lora", "torch", "transformers safetensors"),
+    "adapters": May("errors memory methods checkpoint folders stock agreement", "torch", "safetensors .__init__"),
+    "merging": May("errors checkpoint methods adapters stock", "torch"),
     "bench": May(
         "errors memory methods numerics planning behaviour strategies text",
         "torch lightning typing_extensions",
         "yaml matplotlib torchao galore_torch peft",
     ),
-    "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow"),
+    "text": May(
+        "errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow peft"
+    ),
     "doctor": May("memory", "torch"),
     "plots": May("errors writing", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour callbacks strategies planning tracing export adapters merging replaying plots "
-        "progress runs doctor bench writing conf __init__ text",
+        "errors memory methods behaviour callbacks strategies planning tracing stock export lora adapters merging "
+        "replaying plots progress runs doctor bench writing conf __init__ text",
         "torch lightning hydra omegaconf typing_extensions",
     ),
 }

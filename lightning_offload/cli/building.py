@@ -16,6 +16,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
 
@@ -89,6 +90,15 @@ def put_adapters(cfg: Any, model: Any) -> None:
     settings = settings_of(cfg)
     if isinstance(settings, MEFTSettings):
         attach(model, settings)
+
+
+def build_without_weights(cfg: Any) -> Any:
+    """The model of a run, its weights on the meta device: for a checkpoint that has them."""
+    drawn = {"init": "random"} if "init" in cfg.model else {}  # nothing is drawn there, and no weights are looked for
+    with parameters_on_meta():
+        model = instantiate(cfg.model, _convert_="all", **drawn)
+        put_adapters(cfg, model)
+    return model
 
 
 def dtype(name: str | None) -> torch.dtype | None:

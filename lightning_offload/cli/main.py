@@ -48,7 +48,12 @@ lightning-offload: fine-tune language models that do not fit on the GPU
 
 `lightning-offload <command> --help` lists what a command takes. HYDRA_FULL_ERROR=1 shows where an error came from.\
 """
-_NOT_FOR_USERS = (r".*LeafSpec.*", r".*does not have many workers.*", r".*number of training batches.*")
+_NOT_FOR_USERS = (
+    r".*LeafSpec.*",
+    r".*is_gradient_checkpointing.*",
+    r".*does not have many workers.*",
+    r".*number of training batches.*",
+)
 
 _NO_NEWS = ("litlogger", "PU available: ", "Loading `train_dataloader`", "Detected KeyboardInterrupt")
 

@@ -14,16 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from lightning_offload import runs
-from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.callbacks import OffloadStats
+from lightning_offload.cli.adapting import how_to_load, is_adapted, save_adapter
 from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
 from lightning_offload.cli.checks import check_rates, check_trainer, seed_everything
 from lightning_offload.cli.planning import plan_of_run
 from lightning_offload.cli.stopping import Stopping, left_in_order
 from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
 from lightning_offload.errors import OffloadError
-from lightning_offload.export import check_weights, export_to_hf, has_adapters
+from lightning_offload.export import check_weights, export_to_hf
 from lightning_offload.memory.budget import cap_device
 from lightning_offload.planning import Plan
 from lightning_offload.plots import metrics_files, plot_losses
@@ -191,7 +191,7 @@ def _save_results(cfg: DictConfig, model: Any, folder: Path) -> None:
     if metrics_files(folder):
         made["loss curve"] = plot_losses([folder], folder / "loss.png")
     made["timeline"] = folder / PICTURE_FILE
-    adapter = save_meft_adapter(model, folder / runs.ADAPTER) if cfg.export and has_adapters(model) else None
+    adapter = save_adapter(model, folder / runs.ADAPTER) if cfg.export and is_adapted(model) else None
     if adapter:
         made["adapter"] = adapter
     elif cfg.export:
@@ -202,12 +202,3 @@ def _save_results(cfg: DictConfig, model: Any, folder: Path) -> None:
             print(f"{what:<12} {shown(path)}")
     if adapter:
         print(how_to_load(model, adapter))
-
-
-def how_to_load(model: Any, adapter: Path) -> str:
-    """The line of Python that puts an adapter on the model that it was trained beside."""
-    network: Any = network_of(model)
-    base = network.config._name_or_path
-    dtype = str(network.dtype).removeprefix("torch.")
-    made = f"{type(network).__name__}.from_pretrained({shown(base)!r}, dtype={dtype!r})" if base else "<the same model>"
-    return f"the model itself has not changed; both together: load_meft_adapter({made}, {shown(adapter)!r})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_offload.text.answers import Match, right_answers
 from lightning_offload.text.loading import build_network, load_tokenizer, recompute_blocks
+from lightning_offload.text.lora import put_lora
 from lightning_offload.text.loss import next_token_loss
 
 Batch = dict[str, Tensor]
@@ -50,6 +51,7 @@ class CausalLM(L.LightningModule):
         match_answers: validation and test also have the model answer each prompt by itself, greedily, and report the
             share of right answers as ``exact_match`` or ``contains_match``; see `right_answers`.
         max_answer_tokens: tokens of such an answer, at most; GSM8K takes 256 and more.
+        lora: ``{"rank": 8}`` trains low-rank adapters of PEFT's on frozen weights; see `LoRA` for the other settings.
 
     Attributes:
         network: the transformers model.
@@ -75,6 +77,7 @@ class CausalLM(L.LightningModule):
         no_decay_norms: bool = False,
         match_answers: Match | None = None,
         max_answer_tokens: int = 64,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if loss_chunk_tokens < 0:
@@ -86,6 +89,7 @@ class CausalLM(L.LightningModule):
             )
         # no save_hyperparameters: factories in a checkpoint would need more than weights_only=True to load
         self.network: Any = build_network(path=path, config=config, init=init, dtype=dtype)
+        put_lora(self.network, lora)
         self.tokenizer: Any = load_tokenizer(tokenizer_path, path)
         self.loss_chunk_tokens = loss_chunk_tokens
         self.no_decay_norms = no_decay_norms
