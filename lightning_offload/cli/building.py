@@ -19,6 +19,7 @@ from lightning_offload.errors import OffloadError
 from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
+from lightning_offload.text.pretrained import check_vocabulary
 
 PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
 
@@ -69,6 +70,7 @@ def build_all(cfg: DictConfig, group: str) -> list[Any]:
 def build_data(cfg: DictConfig, model: Any) -> Any:
     """Make the data module, with the tokenizer of the model."""
     data = build(cfg, "data")
+    check_vocabulary(getattr(model, "network", None), model.tokenizer)
     data.tokenizer = model.tokenizer
     return data
 

@@ -62,15 +62,15 @@ class Jsonl(TextData):
 
     @override
     def read(self) -> tuple[Dataset[Example], Dataset[Example]]:
-        train = self._examples(self.path)
+        train = self._examples(self.path, "data.path")
         if self.val_path is not None:
-            return train, self._examples(self.val_path)
+            return train, self._examples(self.val_path, "data.val_path")
         random.Random(self.seed).shuffle(train)
         held_out = held_out_count(len(train), self.val_fraction)
         return train[held_out:], train[:held_out]
 
-    def _examples(self, path: str) -> Any:
-        lines = read_lines(Path(path).expanduser())
+    def _examples(self, path: str, key: str) -> Any:
+        lines = read_lines(Path(path).expanduser(), key)
         return cut(path, ((line, self._example(line)) for line in lines), self.sequence_length)
 
     def _example(self, line: Line) -> Example:
@@ -80,8 +80,10 @@ class Jsonl(TextData):
             return self._conversation(line, row[self.messages_field])
         if self.prompt_field in row and self.completion_field in row:
             prompt = [*self.start, *self._ids(line, self.prompt_field)]
+            line.words(self.completion_field)
             return answered(prompt, [*self._ids(line, self.completion_field), self.end])
         if self.text_field in row:
+            line.words(self.text_field)
             return answered([], [*self.start, *self._ids(line, self.text_field), self.end])
         raise line.error(
             f"has the fields {sorted(row)}; needs {self.prompt_field!r} and {self.completion_field!r},"
@@ -98,11 +100,17 @@ class Jsonl(TextData):
                 "has messages, but the tokenizer has no chat template: use prompt and completion, or another model."
             )
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-            raise line.error(f"{self.messages_field!r} is not a list of {{'role': ..., 'content': ...}}.")
+            raise line.error(
+                f"{self.messages_field!r} is not a list of {{'role': ..., 'content': ...}} with text: mend it."
+            )
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            raise line.error("has no message of the assistant: there is nothing to learn.")
-        ids = self._render(messages)
+            raise line.error("has no message of the assistant: there is nothing to learn. Leave it out.")
+        try:
+            ids = self._render(messages)
+        except Exception as error:  # of the template's own, or of its language
+            reason = " ".join(str(error).split())
+            raise line.error(f"the tokenizer's chat template cannot render it ({reason}): change the line.") from error
         labels = [IGNORED] * len(ids)
         for turn in turns:
             before = self._render(messages[:turn], add_generation_prompt=True)

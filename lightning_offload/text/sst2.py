@@ -89,7 +89,7 @@ class Sst2(TextData):
         return examples
 
     def _example(self, line: Line) -> Choices:
-        prompt = self.prompt.replace("{sentence}", line.text("sentence").strip())
+        prompt = self.prompt.replace("{sentence}", line.words("sentence").strip())
         ids, *continued = self.encode([prompt, *(prompt + word for word in self.label_words)])
         return choices(ids, continued, target=_label(line), start=self.start, length=self.sequence_length)
 
