@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,6 @@ import torch
 
 from lightning_offload.errors import OffloadError
 from lightning_offload.text.pretrained import has_tokenizer, load_pretrained, reason
-
-log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _WAY_OUT = (
@@ -121,5 +118,4 @@ def load_tokenizer(tokenizer_path: str | None, path: str | None) -> Any:
             raise OffloadError(
                 f"Cannot load a tokenizer from {where}: {reason(error)} Pass model.tokenizer_path=<folder or hub id>."
             ) from error
-        log.warning("No tokenizer at path=%r: text data needs tokenizer_path=<folder or hub id>.", path)
-        return None
+        return None  # data that needs one says so
