@@ -30,6 +30,7 @@ from lightning_offload.tracing import OffloadTimeline
 if TYPE_CHECKING:
     from lightning_offload.adapters import load_meft_adapter, save_meft_adapter
     from lightning_offload.export import export_to_hf
+    from lightning_offload.lora import save_peft_adapter
     from lightning_offload.merging import merge_meft_adapter
     from lightning_offload.own_method import OffloadDDPStrategy, OffloadStrategy
     from lightning_offload.planning import Plan, plan
@@ -63,6 +64,7 @@ __all__ = [
     "register",
     "replay",
     "save_meft_adapter",
+    "save_peft_adapter",
 ]
 
 _HOME = {
@@ -75,6 +77,7 @@ _HOME = {
     "plan": "planning",
     "replay": "replaying",
     "save_meft_adapter": "adapters",
+    "save_peft_adapter": "lora",
 }
 
 register()

@@ -16,9 +16,12 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
 from lightning_offload.text import CausalLM
+
+PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
 
 _LINE_LENGTH = 118
 
@@ -59,8 +62,9 @@ def spread(cfg: DictConfig) -> None:
 
 
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
-    """Make the objects of a group that has several."""
-    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {}]
+    """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
+    barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
+    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
 
 
 def build_data(cfg: DictConfig, model: Any) -> Any:
@@ -105,6 +109,15 @@ def put_adapters(cfg: Any, model: Any) -> None:
     settings = settings_of(cfg)
     if isinstance(settings, MEFTSettings):
         attach(model, settings)
+
+
+def build_without_weights(cfg: Any) -> Any:
+    """The model of a run, its weights on the meta device: for a checkpoint that has them."""
+    drawn = {"init": "random"} if "init" in cfg.model else {}  # nothing is drawn there, and no weights are looked for
+    with parameters_on_meta():
+        model = instantiate(cfg.model, _convert_="all", **drawn)
+        put_adapters(cfg, model)
+    return model
 
 
 def dtype(name: str | None) -> torch.dtype | None:

@@ -18,6 +18,7 @@ from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.planning import Plan
 from lightning_offload.planning import plan as make_plan
 from lightning_offload.planning.report import report
+from lightning_offload.writing import written_file
 
 
 def plan(cfg: DictConfig) -> int:
@@ -32,8 +33,8 @@ def plan(cfg: DictConfig) -> int:
     print(f"\n{made}")
     if cfg.output:
         folder = Path(cfg.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(made.to_json() + "\n")
+        with written_file(folder / "plan.json") as file:
+            file.write_text(made.to_json() + "\n")
         print(f"\nwritten to {shown(folder / 'plan.json')} and {shown(made.plot(folder / 'plan.png'))}")
     return 0
 

@@ -282,8 +282,13 @@ def attach(module: nn.Module, settings: MEFTSettings, *, dtype: torch.dtype = to
     """The adapters in ``module``, made in ``dtype`` where there are none.
 
     Raises:
-        ValueError: See ``attach_parameters``.
+        ValueError: See ``attach_parameters``; or ``module`` has adapters of PEFT, which would be frozen.
     """
+    if any(type(part).__module__.startswith("peft.") for part in module.modules()):
+        raise ValueError(
+            f"this {type(module).__name__} has adapters of PEFT (LoRA), and `meft` would freeze them beside its own: "
+            "train them by `full_offload`, or give the model without them"
+        )
     asked, before = settings.of_adapters(), adapters_of(module)
     if before and settings.seed is None:
         asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_offload.text.loading import build_network, load_tokenizer, recompute_blocks
+from lightning_offload.text.lora import put_lora
 
 Batch = dict[str, Tensor]
 
@@ -41,6 +42,7 @@ class TextModule(L.LightningModule):
             and that is left open, it gets the Trainer's estimate.
         tokenizer_path: where the tokenizer is, when not at `path`.
         no_decay_norms: see above.
+        lora: ``{"rank": 8}`` trains low-rank adapters of PEFT's on frozen weights; see `LoRA` for the other settings.
         extra: what else the model's config is to say.
 
     Attributes:
@@ -67,11 +69,13 @@ class TextModule(L.LightningModule):
         scheduler: Callable[..., LRScheduler] | None = None,
         tokenizer_path: str | None = None,
         no_decay_norms: bool = False,
+        lora: Mapping[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         # no save_hyperparameters: factories in a checkpoint would need more than weights_only=True to load
         self.network: Any = build_network(path=path, config=config, init=init, dtype=dtype, auto=self.auto, extra=extra)
+        put_lora(self.network, lora)
         self.tokenizer: Any = load_tokenizer(tokenizer_path, path)
         self.no_decay_norms = no_decay_norms
         self._has_weights = path is not None or init == "random"
