@@ -90,7 +90,7 @@ RULES = {
     "__init__": May(
         "registry strategies precision mixins method_mixins callbacks tracing",
         "",
-        ".export .planning .replaying .adapters .merging",
+        ".export .methods .planning .replaying .adapters .merging",
     ),
     "replaying": May("errors methods numerics", "torch"),
     "folders": May(),
