@@ -61,7 +61,7 @@ class CausalLM(TextModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = next_token_loss(self.network, batch, chunk_tokens=self.loss_chunk_tokens).mean
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
-        return loss
+        return self.weighed(loss, batch_idx)
 
     @override
     def on_validation_epoch_start(self) -> None:
