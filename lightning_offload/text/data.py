@@ -1,7 +1,7 @@
 """The common base of the data modules: tokens in, batches out.
 
-A batch is a dict of int64 tensors (batch, sequence): ``input_ids``; ``labels``, -100 where nothing is learned; and
-``attention_mask``, only when there is padding.
+A batch is a dict of int64 tensors (batch, sequence): ``input_ids``; ``labels``, -100 where nothing is learned;
+``attention_mask``, only when there is padding; and instead of it ``position_ids``, when examples share sequences.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from typing_extensions import override
 from lightning_offload.errors import DataError
 from lightning_offload.text.batches import Example, Packed, ResumableLoader, ResumableSampler, collate
 from lightning_offload.text.loss import IGNORED
+from lightning_offload.text.packing import parts_of
+
+#: between the examples of a packed sequence, where one is shown
+NEXT = "\n--- next in the same sequence ---\n"
 
 
 class TextData(L.LightningDataModule):
@@ -238,19 +242,26 @@ class TextData(L.LightningDataModule):
         return sum(len(text.encode()) for text in decoded) / max(1, tokens)
 
     def preview(self, batch: dict[str, Tensor], max_chars: int = 800) -> str:
-        """The first example of a batch as text, what is learned between ⟦ and ⟧."""
+        """The first sequence of a batch as text, what is learned between ⟦ and ⟧."""
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         if "attention_mask" in batch:
             kept = batch["attention_mask"][0].bool()
             ids, labels = ids[kept], labels[kept]
+        examples = [(ids, labels)]
+        if "position_ids" in batch:
+            examples = parts_of(ids, labels, batch["position_ids"][0], pad=self.pad)
+        text = NEXT.join(self._marked(*example, max_chars) for example in examples)
+        count = sum(len(tokens) for tokens, _ in examples)
+        share = (batch["labels"] != IGNORED).float().mean().item()
+        return f"{text}\n({count} tokens; {share:.0%} of the batch is learned, between ⟦ and ⟧)"
+
+    def _marked(self, ids: Tensor, labels: Tensor, max_chars: int) -> str:
+        runs = groupby(zip(ids.tolist(), labels.tolist(), strict=True), key=lambda pair: pair[1] != IGNORED)
         parts = []
-        for learned, run in groupby(
-            zip(ids.tolist(), labels.tolist(), strict=True), key=lambda pair: pair[1] != IGNORED
-        ):
+        for learned, run in runs:
             text = self.tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
             parts.append(f"⟦{_shorten(text, max_chars)}⟧" if learned else _shorten(text, max_chars))
-        share = (batch["labels"] != IGNORED).float().mean().item()
-        return f"{''.join(parts)}\n({len(ids)} tokens; {share:.0%} of the batch is learned, between ⟦ and ⟧)"
+        return "".join(parts)
 
 
 def _shorten(text: str, max_chars: int) -> str:

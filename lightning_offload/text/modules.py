@@ -14,6 +14,7 @@ from lightning_offload.text.answers import Match, right_answers
 from lightning_offload.text.base import Batch, TextModule
 from lightning_offload.text.loading import CAUSAL
 from lightning_offload.text.loss import next_token_loss
+from lightning_offload.text.packing import check_packing
 
 
 class CausalLM(TextModule):
@@ -56,6 +57,12 @@ class CausalLM(TextModule):
         self.total_loss = SumMetric(nan_strategy="disable")
         self.total_tokens = SumMetric(nan_strategy="disable")
         self.matched = MeanMetric()
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if getattr(getattr(self._trainer, "datamodule", None), "packing", False):
+            check_packing(self.network)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
