@@ -59,7 +59,7 @@ def mandatory(group: str, option: str) -> list[str]:
     needs_path = {
         "model": {"model": ["pretrained"], "experiment": ["zo2_sst2", "meft_gsm8k"]},
         "data": {
-            "data": ["text", "jsonl", "gsm8k", "sst2", "glue"],
+            "data": ["text", "jsonl", "gsm8k", "sst2", "glue", "hf"],
             "experiment": ["lsp_gsm8k", "zo2_sst2", "meft_gsm8k"],
         },
     }

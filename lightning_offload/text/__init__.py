@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_offload.text.facts import Facts
     from lightning_offload.text.glue import Glue
     from lightning_offload.text.gsm8k import Gsm8k
+    from lightning_offload.text.hf import HfDataset
     from lightning_offload.text.jsonl import Jsonl
     from lightning_offload.text.modules import CausalLM
     from lightning_offload.text.pretrain import MuonAdamW
@@ -37,6 +38,7 @@ _HOME = {
     "Facts": "facts",
     "Glue": "glue",
     "Gsm8k": "gsm8k",
+    "HfDataset": "hf",
     "Jsonl": "jsonl",
     "CausalLM": "modules",
     "MuonAdamW": "pretrain",
@@ -55,6 +57,7 @@ __all__ = [
     "Facts",
     "Glue",
     "Gsm8k",
+    "HfDataset",
     "Jsonl",
     "MuonAdamW",
     "PromptClassifier",

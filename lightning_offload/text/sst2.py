@@ -93,10 +93,15 @@ class Sst2(TextData):
         ids, *continued = self.encode([prompt, *(prompt + word for word in self.label_words)])
         return choices(ids, continued, target=_label(line), start=self.start, length=self.sequence_length)
 
+    @override
+    def weight_of(self, example: Any) -> int:
+        """Every example counts alike."""
+        return 1
+
     @property
     @override
     def _collate(self) -> partial[Example]:
-        return partial(collate_choices, pad=self._pad)
+        return partial(collate_choices, pad=self.pad)
 
     @override
     def preview(self, batch: dict[str, Tensor], max_chars: int = 800) -> str:
