@@ -252,6 +252,15 @@ def test_what_is_no_plain_lora_is_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
 
 
+def test_adapters_that_have_changed_the_base_are_merged_alone(tmp_path: Path) -> None:
+    """PEFT loads those of OLoRA without a word, with other logits."""
+    model = peft_model(LLAMA, target_modules=["q_proj"], init_lora_weights="olora")
+    with pytest.raises(OffloadError, match=r"init_lora_weights='olora' has changed the weights"):
+        save_peft_adapter(model, tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(export_to_hf(model, tmp_path / "hf", merge_lora=True))
+    torch.testing.assert_close(logits(merged), logits(model))
+
+
 def test_states_that_cannot_be_saved(tmp_path: Path) -> None:
     model = peft_model(LLAMA, target_modules=["q_proj"])
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
