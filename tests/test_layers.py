@@ -105,11 +105,12 @@ RULES = {
     ),
     "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow"),
     "doctor": May("memory", "torch"),
-    "plots": May("errors", "", "matplotlib yaml"),
+    "plots": May("errors runs", "", "matplotlib yaml"),
+    "comparing": May("memory plots words"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour callbacks planning tracing export adapters merging replaying plots progress "
-        "runs doctor bench conf __init__ text",
+        "errors memory methods behaviour callbacks planning tracing export adapters merging replaying plots comparing "
+        "progress runs doctor bench conf __init__ text",
         "torch lightning hydra omegaconf",
     ),
 }
