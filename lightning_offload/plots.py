@@ -156,7 +156,7 @@ def _draw_run(axes: Any, run: Path, label: str) -> None:
 def _draw_runs(figure: Any, panels: Any, runs: Sequence[Path]) -> None:
     """A colour for each run, named above; the first lines are the widest, to be seen where others cover them."""
     for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-        width = 1.4 + 0.8 * (len(runs) - 1 - number) / (len(runs) - 1) * min(len(runs), 4)
+        width = 1.4 + 0.5 * (len(runs) - 1 - number) / (len(runs) - 1) * min(len(runs), 4)
         held_out = read_curve(run, "val/loss")
         name = f"{label}: {held_out[-1][1]:.2f}" if held_out else label
         for axes, at in zip(panels, (float, seconds_of(run)), strict=False):
