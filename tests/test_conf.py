@@ -58,9 +58,13 @@ def mandatory(group: str, option: str) -> list[str]:
         return ["model.config={model_type: gpt2, n_layer: 2}"]
     needs_path = {
         "model": {"model": ["pretrained"], "experiment": ["zo2_sst2", "meft_gsm8k"]},
-        "data": {"data": ["text", "jsonl", "gsm8k", "sst2"], "experiment": ["lsp_gsm8k", "zo2_sst2", "meft_gsm8k"]},
+        "data": {
+            "data": ["text", "jsonl", "gsm8k", "sst2", "glue"],
+            "experiment": ["lsp_gsm8k", "zo2_sst2", "meft_gsm8k"],
+        },
     }
-    return [f"{key}.path=somewhere" for key, files in needs_path.items() if option in files.get(group, [])]
+    task = ["data.task=sst2"] if (group, option) == ("data", "glue") else []
+    return task + [f"{key}.path=somewhere" for key, files in needs_path.items() if option in files.get(group, [])]
 
 
 @pytest.mark.parametrize(("group", "option"), FILES, ids=lambda value: value)

@@ -16,7 +16,7 @@ from lightning_offload import runs
 from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.callbacks import OffloadStats
-from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
+from lightning_offload.cli.building import build, build_all, build_data, fit_to_data, put_adapters, shown, spread
 from lightning_offload.cli.planning import plan_of_run
 from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
 from lightning_offload.errors import OffloadError
@@ -35,6 +35,7 @@ def train(cfg: DictConfig) -> int:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with user_errors():
         spread(cfg)
+        fit_to_data(cfg)
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
