@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_offload.text.batches import batch_by_shape
+    from lightning_offload.text.boolq import BoolQ
     from lightning_offload.text.classifier import SequenceClassifier
     from lightning_offload.text.corpus import load_corpus
     from lightning_offload.text.data import TextData
@@ -32,6 +33,7 @@ TINY_PATH = str(Path(__file__).parent / "assets" / "tiny")
 
 _HOME = {
     "batch_by_shape": "batches",
+    "BoolQ": "boolq",
     "SequenceClassifier": "classifier",
     "load_corpus": "corpus",
     "TextData": "data",
@@ -53,6 +55,7 @@ _HOME = {
 
 __all__ = [
     "TINY_PATH",
+    "BoolQ",
     "CausalLM",
     "Facts",
     "Glue",
