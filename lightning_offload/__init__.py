@@ -32,20 +32,27 @@ if TYPE_CHECKING:
     from lightning_offload.export import export_to_hf
     from lightning_offload.lora import save_peft_adapter
     from lightning_offload.merging import merge_meft_adapter
+    from lightning_offload.methods.full import FullSettings
+    from lightning_offload.methods.lsp import LSPSettings
+    from lightning_offload.methods.meft import MEFTSettings
+    from lightning_offload.methods.zo2 import ZO2Settings
     from lightning_offload.own_method import OffloadDDPStrategy, OffloadStrategy
-    from lightning_offload.planning import Plan, plan
+    from lightning_offload.planning import Plan, draw_schedules, plan
     from lightning_offload.replaying import replay
 
 __version__ = "0.1.0"
 __all__ = [
     "FullOffloadDDPStrategy",
     "FullOffloadStrategy",
+    "FullSettings",
     "LSPMixin",
     "LSPOffloadDDPStrategy",
     "LSPOffloadStrategy",
+    "LSPSettings",
     "MEFTMixin",
     "MEFTOffloadDDPStrategy",
     "MEFTOffloadStrategy",
+    "MEFTSettings",
     "OffloadDDPStrategy",
     "OffloadMixin",
     "OffloadPrecision",
@@ -57,6 +64,8 @@ __all__ = [
     "ZO2Mixin",
     "ZO2OffloadDDPStrategy",
     "ZO2OffloadStrategy",
+    "ZO2Settings",
+    "draw_schedules",
     "export_to_hf",
     "load_meft_adapter",
     "merge_meft_adapter",
@@ -68,9 +77,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "FullSettings": "methods.full",
+    "LSPSettings": "methods.lsp",
+    "MEFTSettings": "methods.meft",
     "OffloadDDPStrategy": "own_method",
     "OffloadStrategy": "own_method",
     "Plan": "planning",
+    "ZO2Settings": "methods.zo2",
+    "draw_schedules": "planning",
     "export_to_hf": "export",
     "load_meft_adapter": "adapters",
     "merge_meft_adapter": "merging",

@@ -1,4 +1,4 @@
-"""The generated tables of the README: `python -m tests.readme` writes them anew."""
+"""The generated tables of README.md and docs/: `python -m tests.readme` writes them anew."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tests.features import FEATURES
 from tests.features.registry import feature_rows, refusal_rows
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
+"""The front page, and what it leads to."""
 
 TREE = {
     "lightning_offload/numerics/adam.py": "AdamW, Adam, SGD: one step on given tensors, with torch's bits",
@@ -147,15 +149,17 @@ TREE = {
     "lightning_offload/writing.py": "files that are written whole or not at all, and what is said where they cannot be",
     "lightning_offload/folders.py": "folders that are written whole or not at all",
     "lightning_offload/text/": "language models, data modules, the shipped model and its corpus",
-    "lightning_offload/cli/": "`lightning-offload train | plan | evaluate | export | bench | doctor`",
+    "lightning_offload/cli/": "`lightning-offload train | plan | evaluate | export | bench | doctor | compare`",
     "lightning_offload/doctor.py": "what was found on a machine, what will be used and why",
     "lightning_offload/runs.py": "where runs live, and which one is the last",
     "lightning_offload/plots.py": "`loss.png`",
+    "lightning_offload/comparing.py": "finished runs side by side: a table, `loss.png`, `comparison.png`",
     "lightning_offload/bench/sections.py": "`lightning-offload bench`: what is measured, and what of it runs here",
     "lightning_offload/bench/arms.py": "who is measured: the methods, plain Lightning, the peers that are installed",
     "lightning_offload/bench/bounds.py": "the least a step can take, from counted work and measured rates",
     "lightning_offload/bench/host.py": "the host's share of a step, beside torch's kernel and the memory's rate",
     "lightning_offload/bench/noise.py": "what noise costs on the CPU, beside torch's own",
+    "lightning_offload/bench/sizes.py": "device and host memory of each method, by the size of the model",
     "lightning_offload/bench/simulated.py": "planned steps on the machines of `conf/hardware`: schedule against bound",
     "lightning_offload/bench/simulated_zo2.py": "OPT models under zo2, planned, beside its authors' memory",
     "lightning_offload/bench/simulated_meft.py": "LLaMA-7B under meft, planned, beside adapters on the device",
@@ -171,6 +175,7 @@ TREE = {
     "lightning_offload/bench/measure.py": "turns, medians, ratios",
     "lightning_offload/bench/report.py": "what was measured, as JSON and as Markdown",
     "conf/": "Hydra groups: model, data, method, optimizer, scheduler, precision, hardware, trainer, ...",
+    "docs/": "what the front page leads to",
     "tests/": "mirrors the package",
     "tutorials/": "notebooks, executed by a test",
 }
@@ -205,9 +210,9 @@ def _attributes(kind: type) -> dict[str, str]:
     return found
 
 
-def render(text: str) -> str:
-    """``text`` with the rows of each generated table written anew."""
-    tables = {
+def tables() -> dict[str, list[str]]:
+    """The rows of every generated table, by its marker."""
+    return {
         "settings: generated": settings_rows(FullSettings, shared=True),
         "lsp settings: generated": settings_rows(LSPSettings, shared=False),
         "zo2 settings: generated": settings_rows(ZO2Settings, shared=False),
@@ -216,13 +221,20 @@ def render(text: str) -> str:
         "refusals: generated": refusal_rows(FEATURES),
         "tree: generated": tree_rows(),
     }
-    for marker, rows in tables.items():
+
+
+def render(text: str) -> str:
+    """``text`` with the rows of each generated table in it written anew."""
+    for marker, rows in tables().items():
         before, comment, after = text.partition(f"<!-- {marker}")
+        if not comment:
+            continue
         head, rule, rest = after.partition("|---|\n")
         _, blank, following = rest.partition("\n\n")
-        text = before + comment + head + rule + "\n".join(rows) + blank + following
+        text = before + comment + head + rule + "\n".join(rows) + (blank or "\n") + following
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))

@@ -63,7 +63,8 @@ def test_bad_input_is_one_line_and_leaves_everything(case: Case, run, given, inp
     said = capsys.readouterr()
     (line,) = [line for line in said.err.splitlines() if not NEWS.match(line)]
     assert line.startswith(f"lightning-offload {words[0]}: ")
-    assert re.search(".*".join(map(re.escape, case.said)), line), line
+    pattern = ".*".join(map(re.escape, case.said))
+    assert re.search(pattern, line)
     assert len(line) < 900
     assert "Traceback" not in said.out
     assert contents(workplace) == before

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
 from lightning_offload import runs
@@ -22,6 +22,7 @@ from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
+from lightning_offload.text import CausalLM
 from lightning_offload.text.pretrained import check_vocabulary
 
 PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
@@ -76,6 +77,24 @@ def build_data(cfg: DictConfig, model: Any) -> Any:
     check_vocabulary(getattr(model, "network", None), model.tokenizer)
     data.tokenizer = model.tokenizer
     return data
+
+
+def fit_to_data(cfg: Any) -> None:
+    """Give a classifier the labels of its data, and take from its settings what language models alone have."""
+    model = cfg.model
+    if "num_labels" not in model:
+        return
+    of_language_models = inspect.signature(CausalLM.__init__).parameters
+    with open_dict(model):
+        for name in [name for name in model if name in of_language_models]:
+            given = model.pop(name)
+            if given != of_language_models[name].default:
+                raise OffloadError(f"model.{name}={given} is for language models; this one classifies: leave it out")
+    if model.num_labels is None and not model.get("label_names"):
+        path = {"path": ""} if OmegaConf.is_missing(cfg.data, "path") else {}  # a plan needs no data
+        data = instantiate(cfg.data, _convert_="all", **path)
+        model.num_labels = getattr(data, "num_labels", None)
+        model.label_names = list(getattr(data, "label_names", ())) or None
 
 
 def settings_of(cfg: Any) -> Any:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_offload.cli.building import build, build_data, settings_of, shown
+from lightning_offload.cli.building import build, build_data, fit_to_data, settings_of, shown
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
@@ -25,6 +25,7 @@ def plan(cfg: DictConfig) -> int:
     """Print the plan; 0 whenever there is an answer, fit or not."""
     with user_errors():
         machine = machine_from(_plain(cfg.hardware))
+        fit_to_data(cfg)
         optimizer = build(cfg, "optimizer")
         model = _model_without_weights(cfg, optimizer)
         batch = _batch(cfg, model)
@@ -90,7 +91,8 @@ def _batch(cfg: DictConfig, model: Any) -> Any:
         from lightning_offload.text import batch_by_shape
 
         words = cfg.data.get("label_words")
-        return batch_by_shape(size, length, 1, choices=len(words) if words else None)
+        labels = getattr(model, "num_labels", None)
+        return batch_by_shape(size, length, 1, choices=len(words) if words else None, num_labels=labels)
     data = build_data(cfg, model)
     data.setup("fit")
     return next(iter(data.train_dataloader()))

@@ -18,6 +18,7 @@ from lightning_offload.cli.building import (
     build_data,
     build_without_weights,
     dtype,
+    fit_to_data,
     put_adapters,
     shown,
     stored_config,
@@ -49,6 +50,7 @@ def evaluate(cfg: DictConfig) -> int:
             raise OffloadError(f"max_new_tokens={cfg.max_new_tokens}: give a number from 1")
         check_trainer(cfg.trainer)
         _fill_in(cfg, run)
+        fit_to_data(cfg)
         seed_everything(cfg.seed)
         model = build(cfg, "model")
         if checkpoint and run:
@@ -58,22 +60,27 @@ def evaluate(cfg: DictConfig) -> int:
         bar = [progress_bar()] if cfg.trainer.enable_progress_bar else []
         trainer = build(cfg, "trainer", logger=False, enable_checkpointing=False, callbacks=bar)
     metrics = held_out(trainer, model, data, split=cfg.split)
-    prompts: Any = [{"prompt": cfg.prompt, "max_new_tokens": cfg.max_new_tokens}]
-    (sample,) = trainer.predict(model, DataLoader(prompts, batch_size=None))
-    print("\n" + "   ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()))
-    print(f"\n{cfg.prompt}{sample}\n")
+    print("\n" + "   ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()) + "\n")
+    sample = _sample(cfg, trainer, model) if hasattr(model, "generate") else {}
     output = Path(cfg.output or (run or Path()) / "evaluation.json")
     result = {
         **metrics,
         "split": cfg.split,
         "checkpoint": checkpoint and str(checkpoint),
-        "prompt": cfg.prompt,
-        "sample": sample,
+        **sample,
     }
     with written_file(output) as file:
         file.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {shown(output)}")
     return 0
+
+
+def _sample(cfg: DictConfig, trainer: L.Trainer, model: Any) -> dict[str, str]:
+    """What a language model makes of the prompt, printed; a classifier says nothing."""
+    prompts: Any = [{"prompt": cfg.prompt, "max_new_tokens": cfg.max_new_tokens}]
+    (sample,) = trainer.predict(model, DataLoader(prompts, batch_size=None))  # type: ignore[misc]
+    print(f"{cfg.prompt}{sample}\n")
+    return {"prompt": cfg.prompt, "sample": str(sample)}
 
 
 def export(cfg: DictConfig) -> int:

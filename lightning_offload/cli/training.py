@@ -17,7 +17,7 @@ from lightning_offload import runs
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.callbacks import OffloadStats
 from lightning_offload.cli.adapting import how_to_load, is_adapted, save_adapter
-from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
+from lightning_offload.cli.building import build, build_all, build_data, fit_to_data, put_adapters, shown, spread
 from lightning_offload.cli.checks import check_rates, check_trainer, seed_everything
 from lightning_offload.cli.planning import plan_of_run
 from lightning_offload.cli.stopping import Stopping, left_in_order
@@ -40,6 +40,7 @@ def train(cfg: DictConfig) -> int:
     with user_errors():
         check_trainer(cfg.trainer)
         spread(cfg)
+        fit_to_data(cfg)
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
         seed_everything(cfg.seed)
         optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")

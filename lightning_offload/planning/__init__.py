@@ -28,8 +28,9 @@ from lightning_offload.planning.methods import (
 )
 from lightning_offload.planning.result import Advice, Memory, Plan
 from lightning_offload.planning.scenario import Dry, Scenario
+from lightning_offload.planning.schedules import draw_schedules
 
-__all__ = ["Advice", "Memory", "Plan", "methods", "plan"]
+__all__ = ["Advice", "Memory", "Plan", "draw_schedules", "methods", "plan"]
 
 
 def plan(

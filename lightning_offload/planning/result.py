@@ -141,6 +141,12 @@ class Plan:
 
         return report(self)
 
+    def brief(self) -> str:
+        """The verdict as text: whether it fits, how fast it is, what it waits for, and what to change."""
+        from lightning_offload.planning.report import report
+
+        return report(self, brief=True)
+
     def to_json(self) -> str:
         """Every number as JSON; units in the names."""
         return json.dumps(_plain(self), indent=2)

@@ -27,10 +27,16 @@ def schedules(scenario: Scenario) -> dict[str, Plan]:
 def draw_schedules(plans: Mapping[str, Plan], path: str | Path) -> Path:
     """One step of each, one above the other; the suffix of ``path`` gives the format.
 
+    Args:
+        plans: Of one model, by what to call them.
+        path: Where to.
+
     Returns:
         ``path``.
     """
     first = next(iter(plans.values()))
-    title = f"{first.model}, {first.method}, {first.precision}, {first.hardware}: planned"
+    named = ("model", "method", "precision", "hardware")
+    shared = [getattr(first, name) for name in named if len({getattr(plan, name) for plan in plans.values()}) == 1]
+    title = f"{', '.join(shared)}: planned"
     spans = {f"{name}, {seconds(plan.step_s)}": plan.spans for name, plan in plans.items()}
     return draw(spans, Path(path), units=first.units, title=title)

@@ -23,9 +23,10 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_offload.text.base import Batch
 from lightning_offload.text.batches import Example, answered, collate
 from lightning_offload.text.loss import IGNORED, next_token_losses
-from lightning_offload.text.modules import Batch, CausalLM
+from lightning_offload.text.modules import CausalLM
 
 Score = Literal["mean", "sum"]
 
@@ -124,7 +125,7 @@ class PromptClassifier(CausalLM):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self.scores(batch), batch["target"])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["target"]))
-        return loss
+        return self.weighed(loss, batch_idx)
 
     @override
     def on_validation_epoch_start(self) -> None:
