@@ -396,7 +396,7 @@ SETTINGS = [
     setting("runs_dir=/dev/null/x", "/dev/null/x"),
     setting("runs_dir={inputs}/text.py", "text.py"),
     setting("runs_dir=/proc/x", "/proc/x"),
-    setting("name=../../../../../../../../proc/x", "proc/x"),
+    setting("name=mine runs_dir=/proc/x", "/proc/x", "choose a place"),
 ]
 
 
