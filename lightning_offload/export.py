@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_offload.agreement import Change, compare_logits, compare_values
-from lightning_offload.checkpoint import compare_adapters, compare_weights
+from lightning_offload.checkpoint import compare_adapters, compare_weights, reason
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.folders import written_whole
 from lightning_offload.lora import has_peft, merged
@@ -60,6 +60,8 @@ def export_to_hf(
         OffloadError: What was reloaded differs; both values are in the message. Or there are adapters in the model,
             which no stock architecture has; or the disk is full.
     """
+    if not max_shard_gib > 0:
+        raise ValueError(f"max_shard_gib={max_shard_gib}: give a size above 0")
     module.state_dict()  # before which an engine waits for all that is on its way
     target, network = Path(path), stock_model(module)
     _refuse_adapters(module, merge_lora=merge_lora)
@@ -96,10 +98,9 @@ def read_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{os.fspath(checkpoint)!r} cannot be read as a checkpoint; it may have been cut off while it was "
-            f"written, so use an earlier one ({reason})"
+            f"written, so use an earlier one ({reason(error)})"
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is no Lightning checkpoint: it has no 'state_dict'")
