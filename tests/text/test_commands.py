@@ -83,6 +83,43 @@ def test_a_classifier_is_planned_without_data(run):
     assert "SequenceClassifier of 1.92 M parameters" in said
 
 
+@pytest.fixture
+def gsm8k(tmp_path):
+    """Settings of a folder of questions with one answer, asked for by generation."""
+    (tmp_path / "g").mkdir()
+    for name, count in (("train", 16), ("test", 3)):
+        rows = [{"question": f"{name} {n}?", "answer": "So <<7=7>>7\n#### 7"} for n in range(count)]
+        (tmp_path / "g" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    match = ["model.match_answers=exact", "model.max_answer_tokens=20"]
+    return ["data=gsm8k", "data.path=g", "data.val_examples=4", "data.sequence_length=64", *match]
+
+
+@pytest.mark.parametrize("methods", [["zo2"], pytest.param(["lsp", "meft"], marks=pytest.mark.slow)])
+def test_answers_are_generated_under_every_method(methods, run, model, gsm8k):
+    code, said = run("train", *QUICK, *model, *gsm8k, "method=full", "name=a", "trainer.max_steps=60", "plan=false")
+    assert code == 0
+    assert "exact match    0.000 -> 1.000" in said, said.partition("before ->")[2][:300]
+    for method in methods:
+        code, said = run(
+            "train", *QUICK, "model=pretrained", "model.path=runs/a/hf", *gsm8k, f"method={method}", f"name={method}",
+            "lr=1e-8", "trainer.max_steps=1", "plan=false", "export=false",
+        )  # fmt: skip
+        assert code == 0
+        assert "exact match    1.000 -> 1.000" in said
+    evaluate = ["trainer.enable_progress_bar=false", "hardware=cpu", "max_new_tokens=2", "split=test"]
+    for settings in (["ckpt_path=runs/a", "method=streamed"], [f"ckpt_path=runs/{methods[-1]}"]):
+        code, said = run("evaluate", *settings, *evaluate)
+        assert code == 0
+        assert "exact match 1.000" in said
+
+
+def test_an_answer_that_is_cut_is_found_before_training(run, model, gsm8k):
+    code, line = run("train", *QUICK, *model, *gsm8k, "data.sequence_length=16")
+    assert code == 2
+    assert "match_answers: nothing counts in an answer of the validation" in line.splitlines()[-1]
+    assert "raise data.sequence_length (now 16)." in line.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
