@@ -121,8 +121,8 @@ class TextData(L.LightningDataModule):
                 answer = self.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True)
                 if not self.final_answer(answer):
                     raise DataError(
-                        f"match_answers: nothing counts in an answer of the {name}, {answer[-80:]!r}. If it is cut,"
-                        f" raise data.sequence_length (now {self.sequence_length})."
+                        f"Nothing counts in the answer {answer[-80:]!r} of the {name}: if it is cut, raise"
+                        f" data.sequence_length (now {self.sequence_length})."
                     )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

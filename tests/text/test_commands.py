@@ -116,7 +116,7 @@ def test_answers_are_generated_under_every_method(methods, run, model, gsm8k):
 def test_an_answer_that_is_cut_is_found_before_training(run, model, gsm8k):
     code, line = run("train", *QUICK, *model, *gsm8k, "data.sequence_length=16")
     assert code == 2
-    assert "match_answers: nothing counts in an answer of the validation" in line.splitlines()[-1]
+    assert "train: Nothing counts in the answer " in line.splitlines()[-1]
     assert "raise data.sequence_length (now 16)." in line.splitlines()[-1]
 
 
