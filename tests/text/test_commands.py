@@ -1,11 +1,14 @@
 """Data and evaluation through the public commands, with a model of a few thousand parameters."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from lightning_offload import cli
@@ -139,3 +142,30 @@ def test_what_a_classifier_refuses(arguments, said, run, model, glue):
     assert last.startswith("lightning-offload train: ")
     assert said in last
     assert "Traceback" not in line
+
+
+@pytest.mark.slow
+def test_devices_and_windows_are_one_big_batch(run, model, tmp_path):
+    rows = [{"prompt": f"Say {n}: ", "completion": "word " * (1 + (n * 5) % 13)} for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [
+        *QUICK,
+        *model,
+        "method=full",
+        "data=jsonl",
+        "data.path=data.jsonl",
+        "data.val_path=data.jsonl",
+        "plan=false",
+    ]
+    given += ["optimizer=sgd", "lr=0.5", "scheduler=constant", "trainer.max_steps=-1", "trainer.max_epochs=1"]
+    assert run("train", *given, "data.batch_size=8", "name=one")[0] == 0
+    command = [sys.executable, "-m", "lightning_offload.cli", "train", *given, "data.batch_size=1", "name=two"]
+    command += ["trainer.devices=2", "trainer.accumulate_grad_batches=4", "trainer.accelerator=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(f"runs/{name}/hf/model.safetensors") for name in ("one", "two"))
+    before = load_file(Path(model[1].partition("=")[2], "model.safetensors"))
+    assert max((one[name] - value).abs().max() for name, value in before.items()) > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
