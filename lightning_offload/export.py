@@ -56,10 +56,13 @@ def export_to_hf(
 
     Raises:
         TypeError: ``module`` holds no transformers model.
+        ValueError: ``max_shard_gib`` is not above 0.
         FileExistsError: ``path`` holds something that is no exported model.
         OffloadError: What was reloaded differs; both values are in the message. Or there are adapters in the model,
             which no stock architecture has; or the disk is full.
     """
+    if not max_shard_gib > 0:
+        raise ValueError(f"`max_shard_gib` must be above 0; got {max_shard_gib}")
     module.state_dict()  # before which an engine waits for all that is on its way
     target, network = Path(path), stock_model(module)
     _refuse_adapters(module, merge_lora=merge_lora)
