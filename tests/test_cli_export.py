@@ -41,8 +41,14 @@ def same(one: str, other: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("method", ["none", "full", "lsp", "zo2"])
+QUICKLY = [("none", "32-true"), ("full", "bf16-true"), ("lsp", "bf16-mixed"), ("zo2", "bf16-true")]
+EVERY = [(m, p) for m in ("none", "full", "lsp", "zo2") for p in ("32-true", "bf16-true", "bf16-mixed")]
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [*QUICKLY, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in EVERY if pair not in QUICKLY)],
+)
 def test_a_checkpoint_is_exported_as_the_run_was(method: str, precision: str, run, given) -> None:
     fused = ["optimizer.fused=false"] if method == "none" else []
     settings = [*OF_METHOD[method], f"precision={precision}", "name=a", "trainer.max_steps=1", *fused]
@@ -52,7 +58,7 @@ def test_a_checkpoint_is_exported_as_the_run_was(method: str, precision: str, ru
     assert json.loads(Path("again/config.json").read_text()) == json.loads(Path("runs/a/hf/config.json").read_text())
 
 
-@pytest.mark.parametrize("method", LORA)
+@pytest.mark.parametrize("method", ["full", "lsp", "zo2", pytest.param("none", marks=pytest.mark.slow)])
 def test_lora_from_training_to_a_merged_model(method: str, run, given, inputs: Path, capsys) -> None:
     settings = [*LORA[method], "name=mine", "model.lora.rank=4"]
     assert run("train", *given, *settings) == 0
