@@ -30,6 +30,7 @@ from lightning_offload.tracing import OffloadTimeline
 if TYPE_CHECKING:
     from lightning_offload.adapters import load_meft_adapter, save_meft_adapter
     from lightning_offload.export import export_to_hf
+    from lightning_offload.lora import save_peft_adapter
     from lightning_offload.merging import merge_meft_adapter
     from lightning_offload.methods.full import FullSettings
     from lightning_offload.methods.lsp import LSPSettings
@@ -54,6 +55,7 @@ __all__ = [
     "OffloadMixin",
     "OffloadPrecision",
     "OffloadStats",
+    "OffloadStrategy",
     "OffloadSummary",
     "OffloadTimeline",
     "Plan",
@@ -69,6 +71,7 @@ __all__ = [
     "register",
     "replay",
     "save_meft_adapter",
+    "save_peft_adapter",
 ]
 
 _HOME = {
@@ -84,6 +87,7 @@ _HOME = {
     "plan": "planning",
     "replay": "replaying",
     "save_meft_adapter": "adapters",
+    "save_peft_adapter": "lora",
 }
 
 register()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -20,13 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_offload.agreement import compare_logits
 from lightning_offload.checkpoint import compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
-from lightning_offload.export import compare_logits
 from lightning_offload.folders import written_whole
 from lightning_offload.memory.hashing import digest
 from lightning_offload.methods.ffn import FFN, find_ffns
 from lightning_offload.methods.sparse_adapter import AdapterSettings, SparseAdapter, attach_parameters
+from lightning_offload.stock import bare, is_stock
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TYPE = "MEFT"
@@ -73,7 +73,7 @@ def save_meft_adapter(module: nn.Module, folder: str | os.PathLike[str], *, dtyp
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / CONFIG).write_text(json.dumps(_describe(network, adapters, tensors), indent=2) + "\n")
         if _is_checked(network, adapters):
-            compare_logits(network, load_meft_adapter(_bare(network), staging), what="adapter", dtype=dtype)
+            compare_logits(network, load_meft_adapter(bare(network), staging), what="adapter", dtype=dtype)
     return target
 
 
@@ -134,12 +134,6 @@ def network_of(module: nn.Module) -> Any:
         if is_stock(part) and own <= {id(child) for child in part.modules()}:
             return part
     return module
-
-
-def is_stock(part: nn.Module) -> bool:
-    """Whether it is a model of transformers."""
-    kind = type(part)
-    return all(hasattr(kind, name) for name in ("save_pretrained", "get_input_embeddings")) and hasattr(part, "config")
 
 
 def adapters_by_path(network: nn.Module) -> dict[str, SparseAdapter]:
@@ -349,19 +343,6 @@ def _is_checked(network: nn.Module, adapters: Mapping[str, SparseAdapter]) -> bo
     plain = is_stock(network) and not getattr(network.config, "is_encoder_decoder", False)
     in_one_place = len({parameter.device for parameter in network.parameters()}) == 1
     return plain and in_one_place and all(adapter.source is None for adapter in adapters.values())
-
-
-def _bare(network: Any) -> Any:
-    """A stock model of the same class and shape that shares all weights but the adapters'."""
-    own = {id(t) for adapter in adapters_by_path(network).values() for t in adapter.parameters()}
-    with torch.device("meta"):
-        bare = type(network)(copy.deepcopy(network.config))
-    for table in ("_parameters", "_buffers"):
-        for path, part in network.named_modules():
-            for name, tensor in getattr(part, table).items():
-                if id(tensor) not in own:
-                    getattr(bare.get_submodule(path.replace(_COMPILED, "")), table)[name] = tensor
-    return bare.train(network.training)
 
 
 def _dtype_of(network: nn.Module) -> torch.dtype:

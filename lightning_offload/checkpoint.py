@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -16,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_offload.errors import CheckpointError
+from lightning_offload.writing import written_file
 
 ADAPTERS = "meft_adapters"
 """Key in a checkpoint: the settings of the adapters in it."""
@@ -38,22 +36,18 @@ class OffloadCheckpointIO(TorchCheckpointIO):
 
         Raises:
             TypeError: ``storage_options`` was given.
+            OSError: The disk is full, or the place cannot be written to: with the path and what there was to write.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-            stale.unlink(missing_ok=True)  # left by a run that was killed while it saved
-        partial = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
-        try:
-            torch.save(checkpoint, partial)
-            _sync(partial)
-            os.replace(partial, target)
-            _sync(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_file(Path(path), _nbytes(checkpoint)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch says where in the archive, not what the disk said
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     @override
     def load_checkpoint(
@@ -137,14 +131,12 @@ def _shape(tensors: Mapping[str, Any], name: str) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
 
 
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle on folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _nbytes(value: Any) -> int:
+    """Of the tensors in it."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_nbytes, parts))
 
 
 def _is_remote(path: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_offload.agreement import Change, compare_logits, compare_values
 from lightning_offload.checkpoint import compare_adapters, compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.folders import written_whole
+from lightning_offload.lora import has_peft, merged
+from lightning_offload.memory.shards import INDEX
 from lightning_offload.methods.meft import adapters_of
 from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, backbone_names
+from lightning_offload.stock import bare, stock_model
 
 _GIB = 1024**3
-_CHECK_SHAPE = (2, 16)
-_SAME_DTYPE_TOLERANCE = 1e-5
-_ROUNDINGS = 16  # of the coarser dtype's epsilon: what a cast may move a logit by, relative to the largest
 
 
 def export_to_hf(
@@ -34,19 +34,22 @@ def export_to_hf(
     tokenizer: Any = None,
     max_shard_gib: float = 2.0,
     dtype: torch.dtype | None = None,
+    merge_lora: bool = False,
 ) -> Path:
-    """Write a Hugging Face folder, reload it and compare logits; nothing appears at ``path`` unless they agree.
+    """Write a Hugging Face folder, reload it and compare; nothing appears at ``path`` unless logits and weights agree.
 
     The folder is written beside ``path`` and renamed, so a kill leaves what was there before. Shards are written
-    one after another and tied weights once. Peak host memory is one shard while writing; the check then holds a
-    second copy of the model, on the model's own device.
+    one after another and tied weights once. Peak host memory is one shard; the model that is reloaded to be compared
+    stays in the files, unless the model is on a GPU, which then holds a second copy.
 
     Args:
-        module: A ``CausalLM`` (anything with ``.network``) or a transformers ``PreTrainedModel``.
+        module: A transformers ``PreTrainedModel`` with any head, or a module with one in it, such as a ``CausalLM``.
         path: The folder to write. An earlier export there is replaced.
         tokenizer: Saved with the model. Default: ``module.tokenizer``, if there is one.
         max_shard_gib: Largest size of one ``.safetensors`` file, in GiB.
         dtype: Floating-point dtype to store. Default: each weight's own.
+        merge_lora: Whether LoRA adapters of PEFT are added to the weights that they are beside, in the folder alone:
+            ``module`` is not changed.
 
     Returns:
         The folder.
@@ -54,20 +57,26 @@ def export_to_hf(
     Raises:
         TypeError: ``module`` holds no transformers model.
         FileExistsError: ``path`` holds something that is no exported model.
-        OffloadError: The reloaded logits differ; both values are in the message. Or there are adapters in it, which
-            no stock architecture has.
+        OffloadError: What was reloaded differs; both values are in the message. Or there are adapters in the model,
+            which no stock architecture has; or the disk is full.
     """
-    target = Path(path)
-    network = _network_of(module)
-    _refuse_adapters(network)
+    module.state_dict()  # before which an engine waits for all that is on its way
+    target, network = Path(path), stock_model(module)
+    _refuse_adapters(module, merge_lora=merge_lora)
+    change = _changed(merged(network) if merge_lora else _as_it_is, dtype)
+    plain = bare(network) if merge_lora else network
     tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
     with written_whole(target, mark="config.json", what="exported model") as staging, _without_progress_bars():
-        network.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB))
+        plain.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB * _narrower(plain, dtype)))
+        if dtype is not None or merge_lora:
+            _rewrite(staging, change)
         if dtype is not None:
-            _cast_folder(staging, dtype)
+            _edit_json(staging / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        _check_logits(network, staging)
+        reloaded = _reload(network, staging)
+        compare_logits(network, reloaded, what="model", rounds=merge_lora)
+        compare_values(plain.state_dict(), reloaded.state_dict(), what="model", change=change)
     return target
 
 
@@ -121,36 +130,64 @@ def load_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     module.load_state_dict(check_weights(module, checkpoint), strict=False)
 
 
-def _network_of(module: nn.Module) -> Any:
-    network = getattr(module, "network", module)
-    if not hasattr(network, "save_pretrained"):
-        raise TypeError(
-            "`export_to_hf` needs a transformers model, or a module with one at `.network`; "
-            f"got {type(module).__name__}"
-        )
-    return network
+def map_weights(module: nn.Module, checkpoint: str | os.PathLike[str]) -> bool:
+    """Have a module whose weights are on the meta device those of a checkpoint, in its dtypes; they stay in the file.
+
+    Returns:
+        Whether all weights are there now: of a checkpoint of adapters alone the others are not.
+    """
+    module.load_state_dict(check_weights(module, checkpoint), strict=False, assign=True)
+    stock_model(module).tie_weights()
+    return not any(parameter.is_meta for parameter in module.parameters())
 
 
-def _refuse_adapters(network: nn.Module) -> None:
-    if has_adapters(network):
+def _refuse_adapters(module: nn.Module, *, merge_lora: bool) -> None:
+    if has_adapters(module):
         raise OffloadError(
-            f"this {type(network).__name__} has sparse adapters, and transformers would leave them out when it loads "
+            f"this {type(module).__name__} has sparse adapters, and transformers would leave them out when it loads "
             "the folder: write them beside it with `save_meft_adapter(model, folder)`; where they are an exact part of "
             "its feed-forward networks, `merge_meft_adapter(model)` puts them there before `export_to_hf`"
         )
+    if has_peft(module) and not merge_lora:
+        raise OffloadError(
+            f"this {type(module).__name__} has adapters of PEFT: write them with `save_peft_adapter(model, folder)`, "
+            "or the model with LoRA added to its weights with `export_to_hf(model, folder, merge_lora=True)`"
+        )
 
 
-def _cast_folder(folder: Path, dtype: torch.dtype) -> None:
-    """Rewrite shard by shard: casting before saving would hold a second model in memory."""
-    from safetensors.torch import load_file, save_file
+def _as_it_is(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _changed(change: Change, dtype: torch.dtype | None) -> Change:
+    def change_and_cast(name: str, tensor: Tensor) -> Tensor:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return change(name, tensor).to(wanted)
+
+    return change_and_cast
+
+
+def _narrower(network: nn.Module, dtype: torch.dtype | None) -> float:
+    """How much larger files may be before weights are cast."""
+    sizes = [p.element_size() for p in network.parameters() if p.is_floating_point()]
+    return min(sizes) / dtype.itemsize if dtype is not None and sizes else 1.0
+
+
+def _rewrite(folder: Path, change: Change) -> None:
+    """Shard by shard: changing weights before saving would hold a second model in memory."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     total_bytes = 0
     for shard in sorted(folder.glob("*.safetensors")):
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(shard).items()}
+        with safe_open(shard, "pt") as file:
+            tensors = {name: change(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # no mapping
         total_bytes += sum(t.nbytes for t in tensors.values())
-        save_file(tensors, shard, metadata={"format": "pt"})
-    _edit_json(folder / "config.json", {"dtype": str(dtype).removeprefix("torch.")})
-    index = folder / "model.safetensors.index.json"
+        other = shard.with_suffix(".changed")  # a file that is mapped is not written into
+        save_file(tensors, other, metadata={"format": "pt"})
+        del tensors
+        other.replace(shard)
+    index = folder / INDEX
     if index.exists():
         metadata = json.loads(index.read_text())["metadata"]
         _edit_json(index, {"metadata": {**metadata, "total_size": total_bytes}})
@@ -160,75 +197,13 @@ def _edit_json(file: Path, changes: dict[str, Any]) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}, indent=2) + "\n")
 
 
-def _check_logits(network: Any, folder: Path) -> None:
-    reloaded = (
+def _reload(network: Any, folder: Path) -> Any:
+    """As it is stored, so that weights stay in the files where the model is in host memory."""
+    return (
         type(network)
         .from_pretrained(folder, dtype="auto", attn_implementation=network.config._attn_implementation)
         .to(network.device)
     )
-    compare_logits(network, reloaded, what="model")
-
-
-def compare_logits(network: Any, reloaded: Any, *, what: str, dtype: torch.dtype | None = None) -> None:
-    """Compare what two models make of some tokens.
-
-    Args:
-        network: As it was exported.
-        reloaded: As it came back.
-        what: Was exported.
-        dtype: To which some of it was rounded.
-
-    Raises:
-        OffloadError: They differ by more than rounding does, or are not finite.
-    """
-    _take_rounded_buffers(network, reloaded)
-    vocabulary = network.get_input_embeddings().num_embeddings
-    tokens = torch.randint(vocabulary, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
-    expected, got = (_logits(model, tokens) for model in (network, reloaded))
-    if not expected.isfinite().all():
-        raise OffloadError("the model's logits are not finite, so its training diverged; nothing was exported")
-    worst = int((expected - got).abs().argmax())
-    want, have = expected.flatten()[worst].item(), got.flatten()[worst].item()
-    allowed = _tolerance(network.dtype, dtype or reloaded.dtype) * expected.abs().max().item()
-    if not abs(want - have) <= allowed:
-        raise OffloadError(
-            f"the exported {what} differs after reloading: logit {want:.6g} became {have:.6g}, allowed is a "
-            f"difference of {allowed:.2g}; nothing was exported"
-        )
-
-
-def _take_rounded_buffers(network: Any, reloaded: Any) -> None:
-    """Let the check compare weights: what a folder does not hold, it cannot restore in another dtype.
-
-    Lightning's ``bf16-true`` also rounds buffers that are computed from the config, such as rotary frequencies.
-    """
-    own, fresh = dict(network.named_buffers()), dict(reloaded.named_buffers())
-    for name in sorted(own.keys() & fresh.keys() - network.state_dict().keys()):
-        if own[name].dtype != fresh[name].dtype:
-            warnings.warn(
-                f"buffer {name!r} is {own[name].dtype} in the trained model and {fresh[name].dtype} in the exported "
-                "one, as its config says; their logits differ by what that rounds",
-                stacklevel=2,
-            )
-            fresh[name].data = own[name].data
-
-
-def _tolerance(before: torch.dtype, after: torch.dtype) -> float:
-    if before == after:
-        return _SAME_DTYPE_TOLERANCE
-    return _ROUNDINGS * max(torch.finfo(before).eps, torch.finfo(after).eps)
-
-
-@torch.no_grad()
-def _logits(network: Any, tokens: Tensor) -> Tensor:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        logits: Tensor = network(input_ids=tokens.to(network.device), use_cache=False).logits
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return logits.float().cpu()
 
 
 @contextmanager

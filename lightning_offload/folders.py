@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_offload.errors import OffloadError
+
 
 @contextmanager
 def written_whole(target: Path, *, mark: str, what: str) -> Iterator[Path]:
@@ -20,14 +22,21 @@ def written_whole(target: Path, *, mark: str, what: str) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``target`` holds something else: a wrong path must not cost anybody a folder.
+        OffloadError: The disk is full, or the place is not for us to write to; says which.
     """
+    from safetensors import SafetensorError
+
     if target.exists() and not _replaceable(target, mark):
         raise FileExistsError(f"{str(target)!r} exists and is no {what}; choose another folder")
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    staging.mkdir(parents=True, exist_ok=True)
     try:
+        staging.mkdir(parents=True, exist_ok=True)
         yield staging
         _move(staging, target)
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        raise OffloadError(
+            f"the {what} could not be written to {str(target)!r}: {error}; what was there before still is"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

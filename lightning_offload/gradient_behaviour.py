@@ -25,6 +25,7 @@ from lightning_offload.shortage import reports_shortage
 class GradientBehaviour(OffloadBehaviour[Engine]):
     """See the module docstring."""
 
+    method_type: ClassVar[type[Method]]
     settings_type: ClassVar[type[GradientSettings]]
     settings: GradientSettings
     calibration_dataloader: Iterable[Any] | None = None
@@ -32,9 +33,15 @@ class GradientBehaviour(OffloadBehaviour[Engine]):
     _pending: Mapping[str, Tensor] = {}
     _torn = False
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Settings are those of the method."""
+        super().__init_subclass__(**more)
+        if "method_type" in vars(cls):
+            cls.settings_type = cls.method_type.settings_type
+
     @override
     def _method(self) -> Method:
-        raise NotImplementedError
+        return self.method_type(self.settings)
 
     @override
     def _settle_settings(self, module: LightningModule) -> None:

@@ -35,13 +35,9 @@ class MEFTBehaviour(WeightsAtRest[Engine], GradientBehaviour):
         adapter_only: Whether checkpoints leave out what is frozen, and are loaded into a model that has its weights.
     """
 
-    settings_type: ClassVar[type[MEFTSettings]] = MEFTSettings
+    method_type: ClassVar[type[Method]] = MEFT
     settings: MEFTSettings
     adapter_only = False
-
-    @override
-    def _method(self) -> Method:
-        return MEFT(self.settings)
 
     @override
     def _claims_anything(self, method: Method) -> bool:

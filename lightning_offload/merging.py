@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_offload.adapters import adapted_ffns, adapters_by_path, is_stock, network_of
+from lightning_offload.adapters import adapted_ffns, adapters_by_path, network_of
 from lightning_offload.checkpoint import compare_weights
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.methods.ffn import FFN, input_of, output_of
 from lightning_offload.methods.sparse_adapter import ADAPTER, AdapterSettings, SparseAdapter, detach
+from lightning_offload.stock import is_stock
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_offload.writing import written_file
+
 Curve = list[tuple[int, float]]
 
 _SMOOTHING_SHARE = 0.1  # of the run: the width of the running mean
@@ -63,8 +65,8 @@ def plot_losses(runs: Sequence[Path], out: Path) -> Path:
     for number, (run, label) in enumerate(zip(drawable, labels(drawable), strict=True)):
         _draw_run(axes, run, label, f"C{number}")
     _finish(axes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with written_file(out) as file:
+        figure.savefig(file, format=out.suffix[1:])
     return out
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_offload.behaviour import OffloadBehaviour
+from lightning_offload.ranks import SeveralDevices
 from lightning_offload.strategies import DDP_STRATEGIES, STRATEGIES
 
 
@@ -12,11 +16,18 @@ def register() -> None:
 
     ``import lightning_offload`` has done it already.
     """
-    for strategy in STRATEGIES:
-        StrategyRegistry.register(strategy.strategy_name, strategy, description=_summary(strategy), override=True)
-    for several in DDP_STRATEGIES:
-        for name, start in ((several.strategy_name, "popen"), (f"{several.strategy_name}_spawn", "spawn")):
-            StrategyRegistry.register(name, several, description=_summary(several), override=True, start_method=start)
+    for strategy in (*STRATEGIES, *DDP_STRATEGIES):
+        register_one(strategy)
+
+
+def register_one(strategy: type[OffloadBehaviour[Any]]) -> None:
+    """The same of one; of one for several devices also under ``<name>_spawn``."""
+    summary = _summary(strategy)
+    if not issubclass(strategy, SeveralDevices):
+        StrategyRegistry.register(strategy.strategy_name, strategy, description=summary, override=True)
+        return
+    for name, start in ((strategy.strategy_name, "popen"), (f"{strategy.strategy_name}_spawn", "spawn")):
+        StrategyRegistry.register(name, strategy, description=summary, override=True, start_method=start)
 
 
 def _summary(strategy: type) -> str:

@@ -98,12 +98,31 @@ def folder_of(checkpoint: Path) -> Path:
     raise CheckpointError(f"{str(checkpoint)!r} is in no run's folder: there is no {CONFIG} that says its model")
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Leave nothing behind when a run stopped before it wrote anything; never the working folder."""
-    with suppress(OSError):
-        if folder.resolve() == Path.cwd():
-            return
-        folder.rmdir()
+def contents(folder: Path) -> set[Path]:
+    """Return everything in a folder, and below."""
+    return set(folder.rglob("*"))
+
+
+def remove_added(folder: Path, before: set[Path]) -> None:
+    """Take away what has come into a folder since its `contents` were taken."""
+    for path in sorted(contents(folder) - before, reverse=True):  # what is in a folder before the folder
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_if_empty(folder: Path, runs_dir: str | None = None) -> None:
+    """Leave nothing behind when a run stopped before it wrote anything; never the working folder.
+
+    With ``runs_dir`` the folders up to that one go as well, when nothing is in them.
+    """
+    above = [
+        parent for parent in folder.absolute().parents if runs_dir and parent.is_relative_to(Path.cwd() / runs_dir)
+    ]
+    with suppress(OSError):  # not empty
+        for path in (folder, *above):
+            if path.resolve() == Path.cwd():
+                return
+            path.rmdir()
 
 
 def _numbered(runs_dir: Path, default_name: str) -> Iterator[tuple[int, Path]]:

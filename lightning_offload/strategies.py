@@ -22,9 +22,8 @@ from lightning_offload.behaviour import AnyEngine, OffloadBehaviour
 from lightning_offload.gradient_behaviour import GradientBehaviour
 from lightning_offload.meft_behaviour import MEFTBehaviour
 from lightning_offload.methods.engine import Engine
-from lightning_offload.methods.full import Full, FullSettings
-from lightning_offload.methods.lsp import LSP, LSPSettings
-from lightning_offload.methods.meft import MEFTSettings
+from lightning_offload.methods.full import Full
+from lightning_offload.methods.lsp import LSP
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.zeroth import ZerothEngine
 from lightning_offload.methods.zo2 import ZO2Settings
@@ -131,7 +130,7 @@ class FullOffload(GradientBehaviour):
     """
 
     strategy_name: ClassVar[str] = "full_offload"
-    settings_type = FullSettings
+    method_type: ClassVar[type[Method]] = Full
 
     def __init__(
         self,
@@ -169,11 +168,6 @@ class FullOffload(GradientBehaviour):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-
-    @override
-    def _method(self) -> Method:
-        assert isinstance(self.settings, FullSettings)
-        return Full(self.settings)
 
 
 class LSPOffload(GradientBehaviour):
@@ -226,7 +220,7 @@ class LSPOffload(GradientBehaviour):
     """
 
     strategy_name: ClassVar[str] = "lsp_offload"
-    settings_type = LSPSettings
+    method_type: ClassVar[type[Method]] = LSP
 
     def __init__(
         self,
@@ -302,11 +296,6 @@ class LSPOffload(GradientBehaviour):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-
-    @override
-    def _method(self) -> Method:
-        assert isinstance(self.settings, LSPSettings)
-        return LSP(self.settings)
 
     @override
     def _claims_anything(self, method: Method) -> bool:
@@ -463,7 +452,6 @@ class MEFTOffload(MEFTBehaviour):
     """
 
     strategy_name: ClassVar[str] = "meft_offload"
-    settings_type = MEFTSettings
 
     def __init__(
         self,

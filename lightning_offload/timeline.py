@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_offload.memory.budget import GIB
 from lightning_offload.memory.ledger import Span
+from lightning_offload.writing import written_file
 
 LANES = {"compute": "device computes", "d2h": "device to host", "host": "host computes", "h2d": "host to device"}
 """The lanes from top to bottom, and what a reader calls them."""
@@ -130,8 +131,8 @@ def write_trace(timelines: Mapping[str, Sequence[Span]], out: Path, *, units: Se
             events += _named("thread", pid, tid, f"{LANES[lane]} ({lane})" if lane in LANES else lane, tid)
         start_s = min((span.start_s for span in spans), default=0.0)
         events += [_event(span, pid, lanes.index(span.lane), start_s, units) for span in spans]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    with written_file(out) as file:
+        file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return out
 
 
@@ -230,8 +231,8 @@ def draw(timelines: Mapping[str, Sequence[Span]], out: Path, *, units: Sequence[
     _draw_legend(figure.add_subplot(grid[-1]), colors, units, kinds)
     if title:
         figure.suptitle(title, fontsize=12)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with written_file(out) as file:
+        figure.savefig(file, format=out.suffix[1:])
     return out
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lightning_offload.numerics import native
 from lightning_offload.numerics.native import Kernels
+from tests.command import given, inputs, refused, run, workplace  # noqa: F401  fixtures
 
 torch.set_num_threads(1)  # before any fixture: the bits of a forward depend on it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

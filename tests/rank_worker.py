@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -116,6 +117,31 @@ def train(method: str, how: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+class Fails:
+    """In the middle of a fit."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if self.global_step == 2:  # type: ignore[attr-defined]
+            raise RuntimeError("by intent")
+        return super().training_step(batch, batch_idx)  # type: ignore[misc]
+
+
+def raised(method: str, how: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An exception on every rank, then another fit from the start in the same processes."""
+    options = {"max_epochs": EPOCHS, "use_distributed_sampler": False, "gradient_clip_val": 0.5}
+
+    def fit(module: Any) -> Any:
+        run = trainer(STRATEGIES[method](), devices=int(os.environ["WORLD_SIZE"]), **options)
+        run.fit(module, loader(run.global_rank, run.world_size, of=run.world_size))
+        return run
+
+    failing = type("Failing", (Fails, type(module_of(method))), {})
+    with pytest.raises(RuntimeError, match="by intent"):
+        fit(failing(schedule="step"))
+    run = fit(module_of(method))
+    return {"weights": dict(run.strategy.lightning_module_state_dict()), "steps": run.global_step}
+
+
 def evaluate(method: str, how: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Validation before, between and after."""
     kind = type(module_of(method))
@@ -136,6 +162,7 @@ CASES: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any]]] = {
     **{f"{method}, window": (train, method, {"window": 2}) for method in ("full", "zo2", "meft")},
     **{f"{method}, manual": (train, method, {"manual": True}) for method in ("full", "zo2", "meft")},
     **{f"{method}, evaluated": (evaluate, method, {}) for method in ("full", "zo2", "meft")},
+    **{f"{method}, raised": (raised, method, {}) for method in ("full", "lsp fixed", "zo2", "meft")},
     "full, hooked": (train, "full", {"hooked": True}),
     "full, hooked, manual": (train, "full", {"hooked": True, "manual": True}),
     "meft, hooked": (train, "meft", {"hooked": True}),

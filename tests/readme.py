@@ -1,4 +1,4 @@
-"""The generated tables of the README: `python -m tests.readme` writes them anew."""
+"""The generated tables of README.md and docs/: `python -m tests.readme` writes them anew."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tests.features import FEATURES
 from tests.features.registry import feature_rows, refusal_rows
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
+"""The front page, and what it leads to."""
 
 TREE = {
     "lightning_offload/numerics/adam.py": "AdamW, Adam, SGD: one step on given tensors, with torch's bits",
@@ -57,6 +59,7 @@ TREE = {
     "lightning_offload/methods/base.py": "dtypes, trained parameters, what a step is decided by",
     "lightning_offload/methods/settings.py": "settings that methods share",
     "lightning_offload/methods/method.py": "what a method is: claims, settings, what steps them",
+    "lightning_offload/methods/catalogue.py": "the methods by name, and those that others add",
     "lightning_offload/methods/engine.py": "hangs a method on a module and drives it through steps",
     "lightning_offload/methods/arrivals.py": "whose new weights compute waits for, and when",
     "lightning_offload/methods/muster.py": "gradients of several ranks meet, in one order",
@@ -97,6 +100,7 @@ TREE = {
     "lightning_offload/methods/subspace.py": "compressed gradients down, AdamW in the subspace, deltas up",
     "lightning_offload/methods/activations.py": "linear layers that hand over the factors of a gradient",
     "lightning_offload/methods/deliveries.py": "deltas on their way up through a few device slots",
+    "lightning_offload/methods/deltas.py": "the same where the host makes what changes a weight, not the weight",
     "lightning_offload/methods/homes.py": "where one parameter lives on the host, and its step there",
     "lightning_offload/methods/resident.py": "small parameters, stepped on the device",
     "lightning_offload/methods/verdict.py": "norms, clip coefficient and finite check, without waiting",
@@ -129,14 +133,20 @@ TREE = {
     "lightning_offload/attachment.py": "a mixin's own engine under a plain strategy",
     "lightning_offload/checkpoint.py": "streaming, atomic checkpoints",
     "lightning_offload/callbacks.py": "`OffloadStats`, `OffloadSummary`",
+    "lightning_offload/progress.py": "progress: a bar on a terminal, plain lines in a file",
     "lightning_offload/tracing.py": "`OffloadTimeline`: a few steps traced, all of them against the plan",
     "lightning_offload/timeline.py": "what lanes did: `timeline.png`, a Perfetto trace, the table against the plan",
+    "lightning_offload/own_method.py": "the strategy of a method of your own, in one line",
     "lightning_offload/registry.py": "makes the names known to Lightning",
     "lightning_offload/errors.py": "the few exceptions",
     "lightning_offload/planning/": "`plan()`: memory by place, time by lane, what to change; as text, JSON, picture",
     "lightning_offload/export.py": "a Hugging Face folder, checked by its logits",
+    "lightning_offload/agreement.py": "whether what was written is the model: by logits, and value by value",
+    "lightning_offload/stock.py": "the transformers model in a module, with and without adapters",
+    "lightning_offload/lora.py": "LoRA as a folder that PEFT loads, and added to weights",
     "lightning_offload/adapters.py": "adapters as a folder in PEFT's form, and back onto a model",
     "lightning_offload/merging.py": "adapters made a part of the networks beside them, where exact",
+    "lightning_offload/writing.py": "files that are written whole or not at all, and what is said where they cannot be",
     "lightning_offload/folders.py": "folders that are written whole or not at all",
     "lightning_offload/text/": "language models, data modules, the shipped model and its corpus",
     "lightning_offload/cli/": "`lightning-offload train | plan | evaluate | export | bench | doctor`",
@@ -148,6 +158,7 @@ TREE = {
     "lightning_offload/bench/bounds.py": "the least a step can take, from counted work and measured rates",
     "lightning_offload/bench/host.py": "the host's share of a step, beside torch's kernel and the memory's rate",
     "lightning_offload/bench/noise.py": "what noise costs on the CPU, beside torch's own",
+    "lightning_offload/bench/sizes.py": "device and host memory of each method, by the size of the model",
     "lightning_offload/bench/simulated.py": "planned steps on the machines of `conf/hardware`: schedule against bound",
     "lightning_offload/bench/simulated_zo2.py": "OPT models under zo2, planned, beside its authors' memory",
     "lightning_offload/bench/simulated_meft.py": "LLaMA-7B under meft, planned, beside adapters on the device",
@@ -163,6 +174,7 @@ TREE = {
     "lightning_offload/bench/measure.py": "turns, medians, ratios",
     "lightning_offload/bench/report.py": "what was measured, as JSON and as Markdown",
     "conf/": "Hydra groups: model, data, method, optimizer, scheduler, precision, hardware, trainer, ...",
+    "docs/": "what the front page leads to",
     "tests/": "mirrors the package",
     "tutorials/": "notebooks, executed by a test",
 }
@@ -197,9 +209,9 @@ def _attributes(kind: type) -> dict[str, str]:
     return found
 
 
-def render(text: str) -> str:
-    """``text`` with the rows of each generated table written anew."""
-    tables = {
+def tables() -> dict[str, list[str]]:
+    """The rows of every generated table, by its marker."""
+    return {
         "settings: generated": settings_rows(FullSettings, shared=True),
         "lsp settings: generated": settings_rows(LSPSettings, shared=False),
         "zo2 settings: generated": settings_rows(ZO2Settings, shared=False),
@@ -208,13 +220,20 @@ def render(text: str) -> str:
         "refusals: generated": refusal_rows(FEATURES),
         "tree: generated": tree_rows(),
     }
-    for marker, rows in tables.items():
+
+
+def render(text: str) -> str:
+    """``text`` with the rows of each generated table in it written anew."""
+    for marker, rows in tables().items():
         before, comment, after = text.partition(f"<!-- {marker}")
+        if not comment:
+            continue
         head, rule, rest = after.partition("|---|\n")
         _, blank, following = rest.partition("\n\n")
-        text = before + comment + head + rule + "\n".join(rows) + blank + following
+        text = before + comment + head + rule + "\n".join(rows) + (blank or "\n") + following
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))

@@ -21,6 +21,7 @@ from tests.helpers import Net
 from tests.lit import Lit, fit, offload
 from tests.meft import SIZES, picked
 from tests.meft_lit import MLit, meft
+from tests.zo2 import ZLit, zo2
 
 
 class SeesTheBar(L.Callback):
@@ -116,3 +117,39 @@ def test_summary_bytes_are_those_of_the_arenas(caplog: pytest.LogCaptureFixture)
     held = strategy.engine.host_bytes(strategy.engine.host.trained)
     assert held == 16 * sum(p.numel() for p in Net().parameters())
     assert f"host {held / 1024**3:.3f} GiB" in text
+
+
+def test_the_share_of_the_bound_is_shown_and_logged(tmp_path: Path) -> None:
+    logger, bar = CSVLogger(tmp_path), SeesTheBar()
+    fit(Lit(), offload(), logger=logger, callbacks=[OffloadStats(every_n_steps=3, bound_s=1e-3), bar])
+    last = rows(logger)[-1]
+    assert float(last["offload/bound_share"]) == pytest.approx(1e-3 / float(last["offload/step_s"]))
+    assert bar.shown["% of bound"] == pytest.approx(100 * float(last["offload/bound_share"]))
+    with pytest.raises(ValueError, match=r"`bound_s` must be positive seconds or None, got 0"):
+        OffloadStats(bound_s=0)
+
+
+def test_validation_counts_as_no_time_and_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only validation and training batches move on."""
+    now_s = 0.0
+
+    class Clocked(ZLit):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            nonlocal now_s
+            now_s += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            nonlocal now_s
+            now_s += 100
+            super().validation_step(batch, batch_idx)
+
+    monkeypatch.setattr("lightning_offload.callbacks.perf_counter", lambda: now_s)
+    logger = CSVLogger(tmp_path)
+    kwargs = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2, "max_epochs": -1}
+    fit(Clocked(), zo2(), logger=logger, callbacks=[OffloadStats(every_n_steps=3)], max_steps=9, **kwargs)
+    with (Path(logger.log_dir) / "metrics.csv").open() as lines:
+        found = [row for row in csv.DictReader(lines) if row.get("offload/step_s")]
+    assert [float(row["offload/step_s"]) for row in found] == pytest.approx([7 / 3, 2, 2])  # the first looks ahead once
+    per_step = [float(row["offload/h2d_gb_per_s"]) * float(row["offload/step_s"]) for row in found]
+    assert per_step[1] == pytest.approx(per_step[2])  # though one has seen one validation, the other two

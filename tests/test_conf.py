@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning_offload.conf import schema
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -56,9 +58,13 @@ def mandatory(group: str, option: str) -> list[str]:
         return ["model.config={model_type: gpt2, n_layer: 2}"]
     needs_path = {
         "model": {"model": ["pretrained"], "experiment": ["zo2_sst2", "meft_gsm8k"]},
-        "data": {"data": ["text", "jsonl", "gsm8k", "sst2"], "experiment": ["lsp_gsm8k", "zo2_sst2", "meft_gsm8k"]},
+        "data": {
+            "data": ["text", "jsonl", "gsm8k", "sst2", "glue"],
+            "experiment": ["lsp_gsm8k", "zo2_sst2", "meft_gsm8k"],
+        },
     }
-    return [f"{key}.path=somewhere" for key, files in needs_path.items() if option in files.get(group, [])]
+    task = ["data.task=sst2"] if (group, option) == ("data", "glue") else []
+    return task + [f"{key}.path=somewhere" for key, files in needs_path.items() if option in files.get(group, [])]
 
 
 @pytest.mark.parametrize(("group", "option"), FILES, ids=lambda value: value)
@@ -157,11 +163,27 @@ def trainer_from(cfg: DictConfig) -> L.Trainer:
     return instantiate(cfg.trainer, **groups, _convert_="all")
 
 
+NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet": "comet_ml"}
+"""The package that a logger needs."""
+
+
+def test_several_loggers_at_once_and_the_csv_file_beside_them() -> None:
+    pytest.importorskip("tensorboard", reason="logger=tensorboard needs tensorboard")
+    assert list(composed("logger=tensorboard").logger) == ["csv", "tensorboard"]
+    assert list(composed("logger=[wandb,tensorboard]").logger) == ["csv", "wandb", "tensorboard"]
+    assert [type(logger).__name__ for logger in trainer_from(composed("logger=[csv,tensorboard]")).loggers] == [
+        "CSVLogger",
+        "TensorBoardLogger",
+    ]
+
+
 @pytest.mark.parametrize("group", ["debug", "callbacks", "logger", "trainer", "method", "precision"])
 def test_trainers_are_built(group: str) -> None:
     for option in GROUPS[group]:
-        if (group, option) == ("logger", "tensorboard"):
-            pytest.importorskip("tensorboard", reason="logger=tensorboard needs tensorboard")
+        if group == "logger" and find_spec(NEEDS.get(option, "torch")) is None:
+            with pytest.raises(InstantiationException, match=f"pip install.*{option}"):
+                trainer_from(composed(f"logger={option}"))
+            continue
         of_method = ["method=zo2"] if option == "16-true" else []
         trainer = trainer_from(composed(f"{group}={option}", *of_method))
         assert trainer.precision_plugin.precision == (option if group == "precision" else "32-true")

@@ -37,9 +37,10 @@ RULES = {
     "memory": May("errors", "torch psutil", "safetensors"),
     "methods": May("errors numerics memory", "torch", "numpy"),
     "words": May("memory"),
+    "writing": May("words"),
     "windows": May("", "lightning"),
     "precision": May("errors methods", "torch lightning typing_extensions"),
-    "checkpoint": May("errors memory", "torch lightning typing_extensions"),
+    "checkpoint": May("errors memory writing", "torch lightning typing_extensions"),
     "tables": May("memory methods words", "torch"),
     "savings": May("memory methods precision tables", "torch lightning"),
     "shortage": May("errors memory savings tables words", "torch"),
@@ -78,13 +79,15 @@ RULES = {
         "torch lightning typing_extensions",
     ),
     "pl": May("__init__"),
-    "registry": May("strategies", "lightning"),
+    "registry": May("behaviour ranks strategies", "lightning"),
+    "own_method": May("methods gradient_behaviour ranks registry strategies", "lightning"),
     "mixins": May(
         "gradient_behaviour zeroth_behaviour attachment zeroth_attachment memory methods shortage", "torch lightning"
     ),
     "method_mixins": May("meft_behaviour behaviour precision attachment zeroth_attachment mixins methods", "lightning"),
     "callbacks": May("behaviour attaching attachment memory methods tables", "torch lightning typing_extensions"),
-    "timeline": May("memory", "", "matplotlib"),
+    "progress": May("errors", "lightning typing_extensions", "transformers"),
+    "timeline": May("memory writing", "", "matplotlib"),
     "tracing": May("behaviour memory methods timeline", "torch lightning typing_extensions"),
     "planning": May("errors memory methods parts timeline words", "torch", "yaml .text"),
     "__init__": May(
@@ -93,23 +96,28 @@ RULES = {
         ".export .methods .planning .replaying .adapters .merging",
     ),
     "replaying": May("errors methods numerics", "torch"),
-    "folders": May(),
-    "export": May("errors checkpoint folders methods", "torch", "transformers safetensors"),
-    "adapters": May("errors memory methods checkpoint folders export", "torch", "safetensors .__init__"),
-    "merging": May("errors checkpoint methods adapters", "torch"),
+    "folders": May("errors", "", "safetensors"),
+    "stock": May("", "torch"),
+    "agreement": May("errors", "torch"),
+    "lora": May("errors folders stock agreement", "torch", "peft safetensors"),
+    "export": May("errors memory checkpoint folders methods stock agreement lora", "torch", "transformers safetensors"),
+    "adapters": May("errors memory methods checkpoint folders stock agreement", "torch", "safetensors .__init__"),
+    "merging": May("errors checkpoint methods adapters stock", "torch"),
     "bench": May(
         "errors memory methods numerics planning behaviour strategies text",
         "torch lightning typing_extensions",
         "yaml matplotlib torchao galore_torch peft",
     ),
-    "text": May("errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow"),
+    "text": May(
+        "errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow peft"
+    ),
     "doctor": May("memory", "torch"),
-    "plots": May("errors", "", "matplotlib yaml"),
+    "plots": May("errors writing", "", "matplotlib yaml"),
     "runs": May("errors"),
     "cli": May(
-        "errors memory methods behaviour planning tracing export adapters merging replaying plots runs doctor bench "
-        "conf __init__ text",
-        "torch lightning hydra omegaconf",
+        "errors memory methods behaviour callbacks strategies planning tracing stock export lora adapters merging "
+        "replaying plots progress runs doctor bench writing conf __init__ text",
+        "torch lightning hydra omegaconf typing_extensions",
     ),
 }
 """The layers of the design; a new module is added here, with what it may import."""

@@ -22,10 +22,11 @@ import lightning_offload
 from lightning_offload import FullOffloadDDPStrategy, MEFTOffloadDDPStrategy
 from tests.lit import Lit, lsp, offload, trainer
 from tests.meft_lit import MEFT, meft
-from tests.rank_worker import CASES, EPOCHS, FIXED, STEPS, launch, loader, module_of, start, tokens
+from tests.rank_worker import CASES, EPOCHS, FIXED, STEPS, in_turn, launch, loader, module_of, start, tokens
 from tests.zo2 import zo2
 
 ONE = {"full": offload, "lsp": lsp, "lsp fixed": lambda **more: lsp(**{**FIXED, **more}), "zo2": zo2, "meft": meft}
+NARROW: dict[str, Any] = {"precision": "bf16-true"}
 SAVED = ("full", "lsp", "zo2", "meft")
 OF_FOUR = ["full", "lsp", "zo2", "meft", "full, bf16", "zo2, directions", *(f"{method}, resumed" for method in SAVED)]
 TRAINED = [name for name, (run, *_) in CASES.items() if run.__name__ == "train"]
@@ -140,7 +141,10 @@ def test_others_go_on_from_what_two_ranks_have_saved(folder: Path, four: list[di
     assert four[0][f"{method}, resumed"]["steps"] == STEPS // 2 + STEPS // 4
     moved = four[0][f"{method}, resumed"]["weights"]
     assert any(not torch.equal(moved[key].float(), value) for key, value in start.items())
-    assert_near(moved, start, 0.2)
+    if method != "lsp":  # what it sums before it meets is rounded to 16 bits
+        turns = trainer(ONE[method](), max_epochs=EPOCHS, accumulate_grad_batches=4, gradient_clip_val=0.5, **NARROW)
+        turns.fit(module_of(method), loader(of=4), ckpt_path=folder / f"{method}.ckpt")
+        assert_near(moved, turns.strategy.lightning_module_state_dict(), 3e-3)  # sums of 16-bit gradients
     module = module_of(method)
     run = trainer(ONE[method](), max_epochs=-1, max_steps=8, gradient_clip_val=0.5, precision="bf16-true")
     run.fit(module, DataLoader(tokens(), batch_size=2), ckpt_path=folder / f"{method}.ckpt")
@@ -172,6 +176,23 @@ def test_what_is_exchanged_in_a_step(two: list[dict[str, Any]], four: list[dict[
     places = touched["places of rows"] - shapes
     assert touched["gradients of rows"] - shapes == places // 8 * 4 * width
     assert places // 8 < STEPS * tables * MEFT["width"]
+
+
+@pytest.mark.parametrize("method", ["full", "meft"])
+def test_two_ranks_equal_one_process_with_twice_the_batch(two: list[dict[str, Any]], method: str) -> None:
+    """Means of equal parts: round-off."""
+    module = module_of(method)
+    run = trainer(ONE[method](), max_epochs=EPOCHS, gradient_clip_val=0.5)
+    pairs = [tokens()[[*one, *other]] for one, other in zip(*[iter(in_turn(2))] * 2, strict=True)]
+    run.fit(module, DataLoader(pairs, batch_size=None))  # type: ignore[arg-type]
+    assert run.global_step == two[0][method]["steps"]
+    assert_near(two[0][method]["weights"], run.strategy.lightning_module_state_dict(), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lsp fixed", "zo2", "meft"])
+def test_a_new_fit_after_an_exception_is_as_if_there_had_been_none(two: list[dict[str, Any]], method: str) -> None:
+    for key, value in two[0][method]["weights"].items():
+        assert torch.equal(two[0][f"{method}, raised"]["weights"][key], value), key
 
 
 def test_hooks_see_the_mean_of_all_ranks(two: list[dict[str, Any]]) -> None:

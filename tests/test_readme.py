@@ -1,4 +1,4 @@
-"""The README's own commands, run as they stand.
+"""The commands of README.md and docs/, run as they stand.
 
 A fenced block (``bash`` or ``python``) right after an HTML comment ``<!-- test: run -->``, or
 ``<!-- test: run timeout=300 -->``, is run; blocks run in order, in one folder that starts empty, as a reader would.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+from tests.readme import PAGES, README
+
 MARK = re.compile(r"<!--\s*test:\s*run(?:\s+timeout=(?P<timeout>\d+))?\s*-->$")
 FENCE = re.compile(r"(?P<indent>\s*)```+(?P<language>\w*)")
 
@@ -78,14 +79,16 @@ def run(block: Block, folder: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, f"README.md, line {block.line}, ends with {done.returncode}:\n{done.stdout[-4000:]}"
+    assert done.returncode == 0, f"line {block.line} ends with {done.returncode}:\n{done.stdout[-4000:]}"
 
 
 @pytest.mark.slow  # trains a model; `.ci/run` runs it
 @pytest.mark.timeout(3600)
-def test_readme_commands_work(tmp_path: Path) -> None:
-    blocks = marked_blocks(README.read_text())
-    assert blocks, "nothing in README.md is marked with <!-- test: run -->"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
+    blocks = marked_blocks(page.read_text())
+    if not blocks:
+        pytest.skip("nothing here is marked with <!-- test: run -->")
     for block in blocks:
         run(block, tmp_path)
 
@@ -124,7 +127,7 @@ def test_marked_blocks_are_found_and_run_in_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["false\ntrue", "false | true", "echo $nothing_is_called_this", "no-such-command"])
 def test_a_command_that_fails_is_seen(tmp_path: Path, text: str) -> None:
-    with pytest.raises(AssertionError, match=r"README\.md, line 7, ends with"):
+    with pytest.raises(AssertionError, match="line 7 ends with"):
         run(Block(7, "bash", text, 60), tmp_path)
 
 
@@ -144,5 +147,10 @@ def test_a_mark_that_marks_nothing_is_an_error(text: str) -> None:
         marked_blocks(text)
 
 
-def test_every_mark_in_the_readme_marks_a_block() -> None:
-    marked_blocks(README.read_text())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_mark_marks_a_block(page: Path) -> None:
+    marked_blocks(page.read_text())
+
+
+def test_the_front_page_has_some() -> None:
+    assert marked_blocks(README.read_text())

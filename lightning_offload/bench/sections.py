@@ -21,6 +21,7 @@ from lightning_offload.bench.report import Report, Row, Table, environment
 from lightning_offload.bench.simulated import beside_published, machines, simulate
 from lightning_offload.bench.simulated_meft import ONE, WHOLE, beside_meft
 from lightning_offload.bench.simulated_zo2 import beside_zo2
+from lightning_offload.bench.sizes import sizes
 from lightning_offload.bench.training import Workload, compare
 from lightning_offload.bench.zeroth import ZerothSettings, zeroth
 from lightning_offload.memory.budget import Machine
@@ -164,6 +165,10 @@ def _simulated_meft(settings: BenchSettings) -> Iterator[Table]:
     yield from beside_meft(shape("llama_7b"), jobs)
 
 
+def _sizes(settings: BenchSettings) -> Iterator[Table]:
+    yield from sizes(shape, machines()["h100"])
+
+
 def _noise(settings: BenchSettings) -> Iterator[Table]:
     yield noise_cost(min(settings.numel, NOISE_NUMEL), settings.rounds)
 
@@ -214,6 +219,7 @@ SECTIONS: dict[str, Section] = {
     "published": Section(lambda settings: beside_published()),
     "published_zo2": Section(_published_zo2),
     "simulated_meft": Section(_simulated_meft),
+    "sizes": Section(_sizes, lambda: "it takes minutes; sections=[sizes] runs it"),
     "training": Section(_training, lambda: _needs_cuda("training")),
     "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
     "quality": Section(

@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
+from lightning_offload.strategies import OneDevice
+from lightning_offload.text import CausalLM
+
+PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
 
 _LINE_LENGTH = 118
 
@@ -52,16 +57,14 @@ def spread(cfg: DictConfig) -> None:
     devices, strategy = trainer.get("devices", 1), trainer.get("strategy")
     count = len(devices) if isinstance(devices, ListConfig) else devices
     several = (isinstance(count, int) and count > 1) or trainer.get("num_nodes", 1) > 1
-    if several and OmegaConf.is_config(strategy) and strategy._target_ in _OF_ONE_DEVICE:
+    if several and OmegaConf.is_config(strategy) and issubclass(get_class(strategy._target_), OneDevice):
         strategy._target_ = strategy._target_.replace("Strategy", "DDPStrategy")
 
 
-_OF_ONE_DEVICE = [f"lightning_offload.{method}OffloadStrategy" for method in ("Full", "LSP", "ZO2", "MEFT")]
-
-
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
-    """Make the objects of a group that has several."""
-    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {}]
+    """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
+    barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
+    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
 
 
 def build_data(cfg: DictConfig, model: Any) -> Any:
@@ -69,6 +72,24 @@ def build_data(cfg: DictConfig, model: Any) -> Any:
     data = build(cfg, "data")
     data.tokenizer = model.tokenizer
     return data
+
+
+def fit_to_data(cfg: Any) -> None:
+    """Give a classifier the labels of its data, and take from its settings what language models alone have."""
+    model = cfg.model
+    if "num_labels" not in model:
+        return
+    of_language_models = inspect.signature(CausalLM.__init__).parameters
+    with open_dict(model):
+        for name in [name for name in model if name in of_language_models]:
+            given = model.pop(name)
+            if given != of_language_models[name].default:
+                raise OffloadError(f"model.{name}={given} is for language models; this one classifies: leave it out")
+    if model.num_labels is None and not model.get("label_names"):
+        path = {"path": ""} if OmegaConf.is_missing(cfg.data, "path") else {}  # a plan needs no data
+        data = instantiate(cfg.data, _convert_="all", **path)
+        model.num_labels = getattr(data, "num_labels", None)
+        model.label_names = list(getattr(data, "label_names", ())) or None
 
 
 def settings_of(cfg: Any) -> Any:
@@ -88,6 +109,15 @@ def put_adapters(cfg: Any, model: Any) -> None:
     settings = settings_of(cfg)
     if isinstance(settings, MEFTSettings):
         attach(model, settings)
+
+
+def build_without_weights(cfg: Any) -> Any:
+    """The model of a run, its weights on the meta device: for a checkpoint that has them."""
+    drawn = {"init": "random"} if "init" in cfg.model else {}  # nothing is drawn there, and no weights are looked for
+    with parameters_on_meta():
+        model = instantiate(cfg.model, _convert_="all", **drawn)
+        put_adapters(cfg, model)
+    return model
 
 
 def dtype(name: str | None) -> torch.dtype | None:

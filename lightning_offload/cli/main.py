@@ -16,6 +16,7 @@ from typing import NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_offload import runs
 from lightning_offload.cli.machine import bench, doctor
@@ -26,6 +27,7 @@ from lightning_offload.cli.training import train
 from lightning_offload.cli.users import FULL_ERROR, one_line_for_users
 from lightning_offload.conf import schema
 from lightning_offload.errors import OffloadError
+from lightning_offload.progress import load_without_bars
 
 _USAGE = """\
 lightning-offload: fine-tune language models that do not fit on the GPU
@@ -46,7 +48,14 @@ lightning-offload: fine-tune language models that do not fit on the GPU
 
 `lightning-offload <command> --help` lists what a command takes. HYDRA_FULL_ERROR=1 shows where an error came from.\
 """
-_NOT_FOR_USERS = (r".*LeafSpec.*", r".*does not have many workers.*", r".*number of training batches.*")
+_NOT_FOR_USERS = (
+    r".*LeafSpec.*",
+    r".*is_gradient_checkpointing.*",
+    r".*does not have many workers.*",
+    r".*number of training batches.*",
+)
+
+_NO_NEWS = ("litlogger", "PU available: ", "Loading `train_dataloader`", "Detected KeyboardInterrupt")
 
 
 def main() -> int:
@@ -103,25 +112,29 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
             try:
                 _check_top_level(cfg)
                 code = max(code, _COMMANDS[command](cfg))
-            finally:
-                runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+            except BaseException:
+                runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir), cfg.get("runs_dir"))
+                raise
+            runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
     # The variable makes Hydra raise its errors instead of printing several lines and exiting with 1.
     with _process_state([sys.argv[0], *arguments], "1"):
         try:
             task()
         except ValueError as error:  # how Hydra refuses `group=null`
-            if begun:
+            if begun or isinstance(error, OmegaConfBaseException):
                 raise
             raise OffloadError(f"{error} (a group is switched off by =none)") from error
     return code
 
 
 def _quiet() -> None:
-    """Leave out what Lightning says to developers, and its advertisement."""
+    """Leave out what Lightning says to developers, its advertisement, and bars where there is no terminal."""
+    if not sys.stderr.isatty():
+        load_without_bars()
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     ours = logging.getLogger("lightning_offload")
     if not ours.handlers:  # else Hydra's, which puts the time before every line
         ours.addHandler(logging.StreamHandler())
@@ -129,8 +142,8 @@ def _quiet() -> None:
         ours.propagate = False
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(said in record.getMessage() for said in _NO_NEWS)
 
 
 @contextmanager

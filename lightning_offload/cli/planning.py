@@ -11,19 +11,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_offload.cli.building import build, build_data, settings_of, shown
+from lightning_offload.cli.building import build, build_data, fit_to_data, settings_of, shown
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.planning import Plan
 from lightning_offload.planning import plan as make_plan
 from lightning_offload.planning.report import report
+from lightning_offload.writing import written_file
 
 
 def plan(cfg: DictConfig) -> int:
     """Print the plan; 0 whenever there is an answer, fit or not."""
     with user_errors():
         machine = machine_from(_plain(cfg.hardware))
+        fit_to_data(cfg)
         optimizer = build(cfg, "optimizer")
         model = _model_without_weights(cfg, optimizer)
         batch = _batch(cfg, model)
@@ -31,8 +33,8 @@ def plan(cfg: DictConfig) -> int:
     print(f"\n{made}")
     if cfg.output:
         folder = Path(cfg.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(made.to_json() + "\n")
+        with written_file(folder / "plan.json") as file:
+            file.write_text(made.to_json() + "\n")
         print(f"\nwritten to {shown(folder / 'plan.json')} and {shown(made.plot(folder / 'plan.png'))}")
     return 0
 
@@ -89,7 +91,8 @@ def _batch(cfg: DictConfig, model: Any) -> Any:
         from lightning_offload.text import batch_by_shape
 
         words = cfg.data.get("label_words")
-        return batch_by_shape(size, length, 1, choices=len(words) if words else None)
+        labels = getattr(model, "num_labels", None)
+        return batch_by_shape(size, length, 1, choices=len(words) if words else None, num_labels=labels)
     data = build_data(cfg, model)
     data.setup("fit")
     return next(iter(data.train_dataloader()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from lightning_offload import runs
-from lightning_offload.adapters import network_of, save_meft_adapter
 from lightning_offload.behaviour import OffloadBehaviour
-from lightning_offload.cli.building import build, build_all, build_data, put_adapters, shown, spread
+from lightning_offload.callbacks import OffloadStats
+from lightning_offload.cli.adapting import how_to_load, is_adapted, save_adapter
+from lightning_offload.cli.building import build, build_all, build_data, fit_to_data, put_adapters, shown, spread
+from lightning_offload.cli.checks import check_rates, check_trainer, seed_everything
 from lightning_offload.cli.planning import plan_of_run
+from lightning_offload.cli.stopping import Stopping, left_in_order
 from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
 from lightning_offload.errors import OffloadError
-from lightning_offload.export import check_weights, export_to_hf, has_adapters
+from lightning_offload.export import check_weights, export_to_hf
 from lightning_offload.memory.budget import cap_device
 from lightning_offload.planning import Plan
 from lightning_offload.plots import metrics_files, plot_losses
 from lightning_offload.tracing import PICTURE_FILE, OffloadTimeline
+from lightning_offload.writing import is_of_disk, written_file
 
 TRACED_STEPS = 2
 
@@ -33,13 +38,17 @@ def train(cfg: DictConfig) -> int:
     """Plan, then fit, with the held-out loss before and after; then save a Hugging Face folder and pictures."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with user_errors():
+        check_trainer(cfg.trainer)
         spread(cfg)
+        fit_to_data(cfg)
         resume = runs.checkpoint_to_resume(folder, cfg.ckpt_path)
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        seed_everything(cfg.seed)
         optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
+        # before weights are loaded: a package may be missing
+        callbacks, loggers = build_all(cfg, "callbacks"), build_all(cfg, "logger")
         model = build(cfg, "model", optimizer=optimizer, scheduler=scheduler)
         data = build_data(cfg, model)
-        trainer = build(cfg, "trainer", callbacks=build_all(cfg, "callbacks"), logger=build_all(cfg, "logger"))
+        trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
         if resume:
             put_adapters(cfg, model)
             check_weights(model, resume)
@@ -49,20 +58,29 @@ def train(cfg: DictConfig) -> int:
         _calibrate(trainer, data)
         planned = plan_of_run(cfg, trainer, model, batch, optimizer) if cfg.plan else None
         _watch(cfg, trainer, planned, folder)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # which leaves nothing behind
-            OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
-    with _cap(cfg, trainer):
+        stopping = Stopping(partial(_keep, cfg, trainer, folder))
+        trainer.callbacks.append(stopping)
+    with _cap(cfg, trainer), left_in_order(folder, stopping):
         before = held_out(trainer, model, data, resume)
-        _fit(trainer, model, data, resume)
+        _fit(trainer, model, data, resume, stopping)
         after = held_out(trainer, model, data)
-    if trainer.is_global_zero:
-        _print_change(before, after)
-        _save_results(cfg, model, folder)
+        if trainer.is_global_zero:
+            _print_change(before, after)
+            _save_results(cfg, model, folder)
     return 0
+
+
+def _keep(cfg: DictConfig, trainer: L.Trainer, folder: Path) -> None:
+    """Write down how the run was made, now that it runs; an earlier part of it keeps its own until then."""
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves nothing behind
+        with written_file(folder / runs.CONFIG) as file:
+            OmegaConf.save(cfg, file, resolve=True)
 
 
 def _watch(cfg: DictConfig, trainer: L.Trainer, planned: Plan | None, folder: Path) -> None:
     """Have the run compared with its plan, and a few of its steps drawn."""
+    if planned is not None:
+        _tell_bound(trainer, planned)
     if not isinstance(trainer.strategy, OffloadBehaviour) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     predicted = planned.prediction if planned is not None else None
@@ -70,6 +88,12 @@ def _watch(cfg: DictConfig, trainer: L.Trainer, planned: Plan | None, folder: Pa
     trainer.callbacks.insert(0, timeline)  # type: ignore[attr-defined]
     if planned is not None:
         trainer.strategy.uses = planned.uses
+
+
+def _tell_bound(trainer: L.Trainer, planned: Plan) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, OffloadStats) and callback.bound_s is None:
+            callback.bound_s = planned.bound_s
 
 
 @contextmanager
@@ -90,7 +114,10 @@ def _check_trainable(cfg: DictConfig, model: Any, optimizer: Callable[[list[Any]
     """Refuse before the first validation what would fail after it, or do something else than asked."""
     model.setup("fit")
     if optimizer:
-        optimizer(list(model.parameters()))
+        try:
+            check_rates(optimizer(list(model.parameters())))
+        except ValueError as error:
+            raise OffloadError(f"optimizer: {error}; its settings are lr=... and optimizer.<name>=...") from error
     if cfg.trainer.max_steps < 1 and OmegaConf.select(cfg, "scheduler.num_training_steps") is not None:
         raise OffloadError("this scheduler needs trainer.max_steps=<number>; scheduler=linear also counts epochs")
     if cfg.method.name == "none":
@@ -139,17 +166,22 @@ def held_out(
     return {name.removeprefix(f"{split}/"): float(value) for name, value in metrics.items()}
 
 
-def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None) -> None:
+def _fit(trainer: L.Trainer, model: Any, data: Any, resume: Path | None, stopping: Stopping) -> None:
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume)
     except BAD_VALUES as error:
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+        if stopping.begun or is_of_disk(error):
             raise
         # before the first batch a strategy looks at model, optimizer and settings: the last of what is built
         raise OffloadError(str(error)) from error
+    if stopping.received:
+        raise KeyboardInterrupt
 
 
 def _print_change(before: dict[str, float], after: dict[str, float]) -> None:
+    if not after:
+        print("\nno held-out loss: trainer.limit_val_batches=0 leaves nothing to measure it on")
+        return
     print("\nheld-out, before -> after")
     for name in after:
         print(f"  {name.replace('_', ' '):<14} {before[name]:.3f} -> {after[name]:.3f}")
@@ -160,7 +192,7 @@ def _save_results(cfg: DictConfig, model: Any, folder: Path) -> None:
     if metrics_files(folder):
         made["loss curve"] = plot_losses([folder], folder / "loss.png")
     made["timeline"] = folder / PICTURE_FILE
-    adapter = save_meft_adapter(model, folder / runs.ADAPTER) if cfg.export and has_adapters(model) else None
+    adapter = save_adapter(model, folder / runs.ADAPTER) if cfg.export and is_adapted(model) else None
     if adapter:
         made["adapter"] = adapter
     elif cfg.export:
@@ -171,12 +203,3 @@ def _save_results(cfg: DictConfig, model: Any, folder: Path) -> None:
             print(f"{what:<12} {shown(path)}")
     if adapter:
         print(how_to_load(model, adapter))
-
-
-def how_to_load(model: Any, adapter: Path) -> str:
-    """The line of Python that puts an adapter on the model that it was trained beside."""
-    network: Any = network_of(model)
-    base = network.config._name_or_path
-    dtype = str(network.dtype).removeprefix("torch.")
-    made = f"{type(network).__name__}.from_pretrained({shown(base)!r}, dtype={dtype!r})" if base else "<the same model>"
-    return f"the model itself has not changed; both together: load_meft_adapter({made}, {shown(adapter)!r})"

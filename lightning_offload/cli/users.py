@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -12,19 +13,40 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from lightning_offload.errors import OffloadError
+from lightning_offload.writing import is_of_disk, said
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 BAD_VALUES = (ValueError, TypeError, OSError, ImportError)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A command that a signal has stopped; the message says what is left of it."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 @contextmanager
 def one_line_for_users(command: str) -> Iterator[None]:
-    """Exit with 2 and one line for what the user can mend; anything else is a bug and keeps its traceback."""
+    """Exit with 2 and one line for what the user can mend; anything else is a bug and keeps its traceback.
+
+    What a signal has stopped exits as the shell expects, with 128 and the signal's number.
+    """
     try:
         yield
+    except KeyboardInterrupt as error:
+        print(f"lightning-offload {command}: {error if error.args else 'interrupted'}", file=sys.stderr)
+        raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from error
     except Exception as error:
         if os.environ.get(FULL_ERROR) == "1" or not _is_of_user(error):
             raise
@@ -50,19 +72,26 @@ def user_errors() -> Iterator[None]:
     except OffloadError:
         raise
     except BAD_VALUES as error:
-        raise OffloadError(str(error)) from error
+        raise OffloadError(_message(error)) from error
+
+
+def _message(error: BaseException) -> str:
+    return said(error) if isinstance(error, OSError) and is_of_disk(error) else str(error)
 
 
 def _is_of_user(error: BaseException) -> bool:
     """Whether one line is enough: a constructor that Hydra called may also have failed for a bug of ours."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return isinstance(error.__cause__, BAD_VALUES) or _is_of_user(error.__cause__)
-    return isinstance(error, OffloadError | MisconfigurationException | HydraException | OmegaConfBaseException)
+    known = isinstance(error, OffloadError | MisconfigurationException | HydraException | OmegaConfBaseException)
+    return known or is_of_disk(error)
 
 
 def _one_line(error: BaseException) -> str:
     """Say what Hydra says over many lines; our own messages are one line already."""
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    if isinstance(error, InterpolationResolutionError) and isinstance(error.__cause__, OSError):
+        cause = error = error.__cause__
     if isinstance(error, InstantiationException) and cause is not error:
         key = re.search(r"full_key: (\S+)", str(error))
         text = f"{key[1] + ': ' if key else ''}{_one_line(cause)}"
@@ -75,6 +104,6 @@ def _one_line(error: BaseException) -> str:
             f"cannot read {error.override!r}; settings are key=value, with special characters as in 'key=\"(value)\"'"
         )
     else:
-        listing = str(error).split("Config search path")[0]
+        listing = _message(error).split("Config search path")[0]
         text = listing if cause is error else f"{listing}\n{str(cause).splitlines()[0]}"
     return " ".join(text.split())

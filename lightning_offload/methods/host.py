@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_offload.memory.lanes import Event, nbytes
 from lightning_offload.memory.promises import bring
-from lightning_offload.methods.base import Groups, Moment, Trained, Verdict
+from lightning_offload.methods.base import Groups, Trained, Verdict
 from lightning_offload.methods.homes import (
     CHUNK_NUMEL,
     UnitHomes,
@@ -125,18 +125,6 @@ class HostOptimizer(HostPart[WeightHome]):
             settle(t.parameter, self._lanes.device, weights[at])
             self._lanes.watch(t.name, t.parameter)
         return homes
-
-    def _payload(self, home: WeightHome, moment: Moment) -> Tensor:
-        gradient = home.trained.gradient().reshape(-1)
-        self._mean_([gradient], self._what)
-        return gradient
-
-    def _recall(self, home: WeightHome) -> None:
-        parameter = home.trained.parameter
-        if home.trained.owner != self._peers.rank:
-            return
-        first = home.wire.view(parameter.shape).to(parameter.device, copy=True).mul_(self._peers.world)
-        parameter.grad = first.add_(home.trained.gradient())
 
     def _host_step(self, homes: list[WeightHome], groups: Groups, verdict: Verdict) -> None:
         host_step(self._rule, homes, groups, verdict, self._lanes)

@@ -29,7 +29,7 @@ from lightning_offload.memory.budget import Machine
 from lightning_offload.methods.activations import linear_modules
 from lightning_offload.methods.base import DTypes, Rounding, Trained
 from lightning_offload.methods.dims import largest_hidden_dim
-from lightning_offload.methods.method import Site, resolve_common
+from lightning_offload.methods.method import Method, Site, resolve_common
 from lightning_offload.methods.rules import Rule
 from lightning_offload.methods.sender import Sender
 from lightning_offload.methods.settings import GradientSettings, require
@@ -176,16 +176,15 @@ _CHOICES = {
 }
 
 
-class LSP:
+class LSP(Method):
     """The method ``lsp``: claims the linear weights of the blocks."""
 
     name: ClassVar[str] = "lsp"
+    summary: ClassVar[str] = "AdamW in a d x d subspace of each linear weight"
+    settings_type: ClassVar[type[GradientSettings]] = LSPSettings
     layer_wise: ClassVar[bool] = True
-    shards: ClassVar[bool] = True
     rounding: ClassVar[Rounding] = "stochastic"
-
-    def __init__(self, settings: LSPSettings) -> None:
-        self.settings = settings
+    settings: LSPSettings
 
     def resolve(
         self,
@@ -253,10 +252,6 @@ class LSP:
             for name, weight in linear_weights(module, units).items()
             if weight.requires_grad and weight.numel() >= self.settings.min_numel
         }
-
-    def stays(self, module: nn.Module) -> set[int]:
-        """See ``Method.stays``."""
-        return set()
 
     def leaves_frozen(self) -> bool:
         """See ``Method.leaves_frozen``."""

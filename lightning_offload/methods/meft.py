@@ -33,9 +33,9 @@ from torch import nn
 
 from lightning_offload.memory.blocks import Unit
 from lightning_offload.memory.budget import GIB, Machine
-from lightning_offload.methods.base import DTypes, Rounding, Trained
+from lightning_offload.methods.base import DTypes, Trained
 from lightning_offload.methods.homes import weight_dtype
-from lightning_offload.methods.method import Site, resolve_common
+from lightning_offload.methods.method import Method, Site, resolve_common
 from lightning_offload.methods.row_optimizer import RowOptimizer
 from lightning_offload.methods.row_tables import RowTable
 from lightning_offload.methods.rules import Rule
@@ -177,16 +177,17 @@ _CHOICES = {
 }
 
 
-class MEFT:
+class MEFT(Method):
     """The method ``meft``: claims keys and values of the adapters, keeps routers on the device."""
 
     name: ClassVar[str] = "meft"
-    layer_wise: ClassVar[bool] = False
+    summary: ClassVar[str] = "wide sparse adapters in host memory beside a frozen model"
+    settings_type: ClassVar[type[GradientSettings]] = MEFTSettings
     shards: ClassVar[bool] = False
-    rounding: ClassVar[Rounding] = "nearest"
+    settings: MEFTSettings
 
     def __init__(self, settings: MEFTSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self._adapters: list[SparseAdapter] = []
 
     def resolve(
@@ -257,10 +258,6 @@ class MEFT:
         """See ``Method.stays``: routers score every token of every forward."""
         return {id(adapter.router) for adapter in adapters_of(module)}
 
-    def leaves_frozen(self) -> bool:
-        """See ``Method.leaves_frozen``."""
-        return False
-
     def host_bytes(self, claimed: Sequence[Trained], rule: Rule, dtypes: DTypes) -> int:
         """See ``Method.host_bytes``: masters, state, sums; and what the device is shown, where that is rounded."""
         return sum(
@@ -285,8 +282,13 @@ def attach(module: nn.Module, settings: MEFTSettings, *, dtype: torch.dtype = to
     """The adapters in ``module``, made in ``dtype`` where there are none.
 
     Raises:
-        ValueError: See ``attach_parameters``.
+        ValueError: See ``attach_parameters``; or ``module`` has adapters of PEFT, which would be frozen.
     """
+    if any(type(part).__module__.startswith("peft.") for part in module.modules()):
+        raise ValueError(
+            f"this {type(module).__name__} has adapters of PEFT (LoRA), and `meft` would freeze them beside its own: "
+            "train them by `full_offload`, or give the model without them"
+        )
     asked, before = settings.of_adapters(), adapters_of(module)
     if before and settings.seed is None:
         asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now

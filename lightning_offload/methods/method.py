@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -44,11 +44,15 @@ class Site:
     mean_: Callable[[Sequence[Tensor], str], None] = lambda tensors, what: None
 
 
-class Method(Protocol):
+class Method:
     """What happens to the parameters it claims; all others go the common path (host, or device where small).
+
+    As it is here it claims nothing: a method says what differs, by overriding.
 
     Attributes:
         name: Of the method.
+        summary: What it does, in a few words.
+        settings_type: The class of its settings.
         layer_wise: Without clipping every parameter is decided by itself, so that it need not wait for the others.
         rounding: How a 16-bit weight takes a finer step, unless the user says otherwise.
         shards: Whether of several ranks each steps a part of what it claims; else every rank steps all of it.
@@ -56,14 +60,15 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    layer_wise: ClassVar[bool]
-    shards: ClassVar[bool]
-    rounding: ClassVar[Rounding]
+    summary: ClassVar[str]
+    settings_type: ClassVar[type[GradientSettings]]
+    layer_wise: ClassVar[bool] = False
+    shards: ClassVar[bool] = True
+    rounding: ClassVar[Rounding] = "nearest"
+    settings: GradientSettings
 
-    @property
-    def settings(self) -> GradientSettings:
-        """See the attributes."""
-        ...
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
 
     def resolve(
         self,
@@ -85,11 +90,14 @@ class Method(Protocol):
             accumulates: Whether a step has more than one micro-batch.
             before: What the run that is continued had chosen, of the settings that decide the bits of a step.
         """
-        ...
+        self.settings, reasons = resolve_common(
+            self.settings, units, machine, dtypes, accumulates=accumulates, before=before
+        )
+        return reasons
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the bits of a step; a checkpoint keeps them, and a continued run uses them."""
-        ...
+        return {"accumulate": self.settings.accumulate}
 
     def claim(self, module: nn.Module, units: Sequence[Unit]) -> set[int]:
         """Ids of the parameters that it steps by itself.
@@ -97,19 +105,19 @@ class Method(Protocol):
         Raises:
             ValueError: A model or a setting that it cannot work with.
         """
-        ...
+        return set()
 
     def stays(self, module: nn.Module) -> set[int]:
         """Ids of the parameters that are stepped on the device, however large."""
-        ...
+        return set()
 
     def leaves_frozen(self) -> bool:
         """Whether what it does not claim is not trained at all."""
-        ...
+        return False
 
     def host_bytes(self, claimed: Sequence[Trained], rule: Rule, dtypes: DTypes) -> int:
         """Exactly what the host arenas will hold for these parameters."""
-        ...
+        return 0
 
     def make_part(self, claimed: Sequence[Trained], site: Site) -> Sender | None:
         """What steps the claimed parameters.
@@ -117,7 +125,7 @@ class Method(Protocol):
         Raises:
             ValueError: An optimizer that it cannot work with.
         """
-        ...
+        return None
 
 
 Settings = TypeVar("Settings", bound=GradientSettings)

@@ -75,7 +75,7 @@ class HostPart(Sender, Generic[AnyHome]):
         self._unit = {home.trained.name: unit for unit in self._units for home in unit.homes}
         self._rings = {dtype: self._make_ring(dtype) for dtype in {home.wire.dtype for home in self._home.values()}}
 
-    # What a method fills in.
+    # What a method fills in, or does otherwise.
 
     _what: ClassVar[str] = "gradients"
     """What goes down, as the ledger calls it."""
@@ -84,19 +84,25 @@ class HostPart(Sender, Generic[AnyHome]):
     def _make_homes(self, members: list[Trained]) -> list[AnyHome]:
         """The homes of one unit."""
 
-    @abstractmethod
     def _payload(self, home: AnyHome, moment: Moment) -> Tensor:
-        """What of ``p.grad`` goes down, flat, in the wire's dtype or wider, as the mean over ranks.
+        """What of ``p.grad`` goes down, flat, in the wire's dtype or wider, as the mean over ranks: here all of it.
 
         ``p.grad`` is dropped afterwards.
         """
+        gradient = home.trained.gradient().reshape(-1)
+        self._mean_([gradient], self._what)
+        return gradient
 
-    @abstractmethod
     def _recall(self, home: AnyHome) -> None:
         """Take back into ``p.grad`` what has gone down, for a second gradient has come; nothing is in flight.
 
         It is a mean over ranks, of which the owner's share is all of it.
         """
+        parameter = home.trained.parameter
+        if home.trained.owner != self._peers.rank:
+            return
+        first = home.wire.view(parameter.shape).to(parameter.device, copy=True).mul_(self._peers.world)
+        parameter.grad = first.add_(home.trained.gradient())
 
     @abstractmethod
     def _host_step(self, homes: list[AnyHome], groups: Groups, verdict: Verdict) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_offload.memory.lanes import Event, Lanes, lane_context, nbytes
 from lightning_offload.memory.peers import Peers
 from lightning_offload.methods.base import Moment, Trained
-from lightning_offload.methods.homes import Home
+from lightning_offload.methods.deltas import DeltaHome
 from lightning_offload.methods.projections import HostPairs, Pair, Projections
 from lightning_offload.numerics.projector import transfer, transition
 
@@ -22,17 +22,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, kw_only=True)
-class SubspaceHome(Home):
+class SubspaceHome(DeltaHome):
     """The home of a projected weight; ``wire``, ``states`` and ``total`` are d x d.
 
     Attributes:
         projections: Where its projectors come from; several homes may share them.
         pair: The projectors in use.
         next: Those that follow once the delta under way has been applied.
-        decay: What the weight is multiplied by when that happens.
-        step_made: Number of the optimizer step that has made it.
-        stepped: That step on the host.
-        under_way: Whether its delta has yet to be applied.
         transferred: The last transfer of its moments.
         held: Sum of compressed gradients on the device, where several come in a step.
     """
@@ -40,10 +36,6 @@ class SubspaceHome(Home):
     projections: Projections
     pair: Pair
     next: Pair | None = None
-    decay: float = 1.0
-    step_made: int = 0
-    stepped: Event | None = None
-    under_way: bool = False
     transferred: Event | None = None
     held: Tensor | None = None
 
@@ -51,11 +43,6 @@ class SubspaceHome(Home):
     def delta(self) -> tuple[int, torch.dtype]:
         """Elements and dtype of what comes up; the wire is on its owner's host alone."""
         return self.pair.left.dim * self.pair.right.dim, self.wire.dtype
-
-    def start_anew(self) -> None:
-        """Without moments."""
-        for tensor in (*self.states.values(), self.step):
-            tensor.zero_()
 
     def like(self, what: str, *beside: Hashable) -> Hashable:
         """What it costs to do this with it depends on nothing else."""

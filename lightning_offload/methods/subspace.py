@@ -15,7 +15,7 @@ from lightning_offload.memory.lanes import Event, lane_context, nbytes
 from lightning_offload.methods.activations import linear_modules, tap
 from lightning_offload.methods.arrivals import is_compiled
 from lightning_offload.methods.base import DTypes, Groups, Moment, Trained, Verdict
-from lightning_offload.methods.deliveries import Deliveries, Parcel, slot_bytes
+from lightning_offload.methods.deltas import DeltaPart
 from lightning_offload.methods.dims import host_step_bytes
 from lightning_offload.methods.homes import (
     CHUNK_NUMEL,
@@ -27,7 +27,7 @@ from lightning_offload.methods.homes import (
     step_fused,
     weight_dtype,
 )
-from lightning_offload.methods.part import HostPart, form_gradient
+from lightning_offload.methods.part import form_gradient
 from lightning_offload.methods.projections import HostPairs, seed_for
 from lightning_offload.methods.refits import Refits, SubspaceHome, sharing_key
 from lightning_offload.methods.rules import Rule
@@ -38,15 +38,12 @@ if TYPE_CHECKING:
     from lightning_offload.methods.lsp import LSPSettings
     from lightning_offload.methods.method import Site
 
-AHEAD = 3
-"""Units whose deltas may be on the device at once: one in use, one that has arrived, one on its way."""
-
 SKIPPED = float("nan")
 """First element of a delta that must change nothing, not even by weight decay."""
 
 
-class SubspaceOptimizer(HostPart[SubspaceHome]):
-    """See the module docstring, and ``HostPart``.
+class SubspaceOptimizer(DeltaPart[SubspaceHome]):
+    """See the module docstring, and ``DeltaPart``.
 
     Args:
         trained: The weights that it steps; moved to the lanes' device.
@@ -60,9 +57,6 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         self._settings = settings
         self._refits = Refits(site.lanes, settings, site.peers)
         super().__init__(trained, site)
-        sizes = [slot_bytes([home.delta for home in unit.homes]) for unit in self._units]
-        self._deliveries = Deliveries(self._lanes, [unit.flight for unit in self._units], max(sizes), AHEAD)
-        self._sent: set[int] = set()
         self._noise = torch.Generator(self._lanes.device)
         self._refits.take_turns()
 
@@ -85,32 +79,14 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     def update(self, groups: Groups, verdict: Verdict, backward_done: Event) -> list[Event]:
         """See ``Part.update``."""
         readers = super().update(groups, verdict, backward_done)
-        self._sent.clear()
-        self._deliveries.settle()
         self._refits.carry_moments_over()
         return readers
 
     def drop(self) -> None:
         """See ``Part.drop``."""
         super().drop()
-        self._sent.clear()
         for home in self._home.values():
             home.held, home.projections.judged, home.projections.pair = None, None, home.pair
-
-    def adopt(self) -> None:
-        """See ``Part.adopt``: there is no master, the weight itself is the truth."""
-
-    def state_of(self, trained: Trained) -> dict[str, Tensor]:
-        """See ``Part.state_of``: torch's layout has no place for a subspace; see ``extras``."""
-        return {}
-
-    def load_state_of(self, trained: Trained, state: Mapping[str, Any]) -> None:
-        """See ``Part.load_state_of``: moments start anew unless ``load_extras`` follows."""
-        self._home[trained.name].start_anew()
-
-    def master_of(self, trained: Trained) -> Tensor | None:
-        """See ``Part.master_of``."""
-        return None
 
     def pending_of(self, trained: Trained) -> Tensor | None:
         """See ``Part.pending_of``: a sum on the device takes in what is in ``p.grad``."""
@@ -157,7 +133,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
     @property
     def device_bytes(self) -> int:
         """Rings, slots of deltas, projectors."""
-        return super().device_bytes + self._deliveries.nbytes + self.projector_bytes
+        return super().device_bytes + self.projector_bytes
 
     @property
     def projector_bytes(self) -> int:
@@ -170,23 +146,6 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         if self._rule.fused is not None:
             return 0
         return 2 * 4 * max(min(CHUNK_NUMEL, home.wire.numel()) for home in self._home.values())
-
-    def free_rings(self) -> None:
-        """Give rings and slots back to the device."""
-        super().free_rings()
-        self._deliveries.close()
-
-    def extras(self) -> dict[str, Any]:
-        """Projectors and moments (d, d) by name; of what other ranks step nothing."""
-        mine = {home.trained.name for home in self._mine(self._home.values())}
-        return {name: self._extras_of(home) if name in mine else {} for name, home in self._home.items()}
-
-    def load_extras(self, extras: Mapping[str, Any]) -> None:
-        """See ``HostPart.load_extras``."""
-        for name, home in self._home.items():
-            if name not in extras:
-                raise CheckpointError(f"The checkpoint has no projectors for `{name}`, which this run projects.")
-            self._load_extras_of(home, extras[name])
 
     # Down.
 
@@ -311,13 +270,6 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     # On the host.
 
-    def _step(self, unit: UnitHomes[SubspaceHome], groups: Groups, verdict: Verdict) -> Event:
-        for home in unit.taken:
-            group = groups[home.trained.group]
-            home.decay = 1 - float(group["lr"]) * group["weight_decay"]
-            home.step_made = verdict.step
-        return super()._step(unit, groups, verdict)
-
     def _step_after(self, unit: UnitHomes[SubspaceHome]) -> list[Event]:
         return [home.transferred for home in unit.taken if home.transferred is not None]
 
@@ -357,38 +309,10 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
 
     # Up.
 
-    def _stepped_early(self, unit: UnitHomes[SubspaceHome]) -> None:
-        self._send_up(unit)
-
-    def _launch(self, unit: UnitHomes[SubspaceHome], backward_done: Event) -> None:
-        if unit.index not in self._sent:
-            self._send_up(unit)
-
-    def _send_up(self, unit: UnitHomes[SubspaceHome]) -> None:
-        assert unit.stepped is not None
-        self._sent.add(unit.index)
-        homes = unit.taken
-        for home in homes:
-            home.stepped, home.under_way = unit.stepped, True
-        wires = [home.wire if home.wire.numel() else None for home in homes]
-        deltas = [home.delta for home in homes]
-        parcel = Parcel(unit.flight, deltas, wires, unit.stepped, partial(self._apply, unit, homes))
-        self._deliveries.send(parcel)
-
-    def _apply(
-        self, unit: UnitHomes[SubspaceHome], homes: Sequence[SubspaceHome], parcel: Parcel, deltas: Sequence[Tensor]
-    ) -> None:
-        """On the compute lane, before the unit's forward."""
-        with lane_context(self._lanes.device):
-            for home, delta in zip(homes, deltas, strict=True):
-                if self._peers.left and not self._mine([home]):
-                    continue  # it will not come any more
-                self._peers.share_([delta], home.trained.owner, "deltas")
-                square = delta.view(home.pair.left.dim, -1)
-                self._lanes.run(home.like("apply"), partial(self._apply_one, home, square))
-                home.under_way = False
-                if home.next is not None:
-                    home.pair, home.next = home.next, None
+    def _apply(self, home: SubspaceHome, delta: Tensor) -> None:
+        self._lanes.run(home.like("apply"), partial(self._apply_one, home, delta.view(home.pair.left.dim, -1)))
+        if home.next is not None:
+            home.pair, home.next = home.next, None
 
     def _apply_one(self, home: SubspaceHome, delta: Tensor) -> None:
         weight, pair, noise = home.trained.parameter.detach(), home.pair, None
@@ -425,11 +349,7 @@ class SubspaceOptimizer(HostPart[SubspaceHome]):
         if home.projections.members[0] == home.trained.name:  # those that share it follow
             home.projections.restore(left, right, saved["draws"], kind=saved["projector"], fitted=saved["fitted"])
         home.pair = home.projections.pair
-        if not self._mine([home]):
-            return
-        home.step.copy_(saved["step"])
-        for name, tensor in home.states.items():
-            tensor.copy_(saved[name].reshape(-1))
+        super()._load_extras_of(home, saved)
 
 
 def _collecting(arrived: Callable[[Trained], None], trained: Trained) -> Callable[[Tensor], None]:

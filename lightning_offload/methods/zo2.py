@@ -114,6 +114,7 @@ class ZO2:
     """The method ``zo2``."""
 
     name: ClassVar[str] = "zo2"
+    summary: ClassVar[str] = "forwards alone, weights in host memory"
 
     def __init__(self, settings: ZO2Settings) -> None:
         self.settings = settings

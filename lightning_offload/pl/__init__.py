@@ -34,6 +34,7 @@ FACING = frozenset(
         "meft_behaviour",
         "method_mixins",
         "mixins",
+        "own_method",
         "precision",
         "ranks",
         "registry",

@@ -18,12 +18,12 @@ from lightning_offload.methods.settings import CommonSettings
 from lightning_offload.methods.twin import Step
 from lightning_offload.planning.advice import advise
 from lightning_offload.planning.methods import (
-    METHODS,
     PRECISIONS,
     SPARSE,
     ZEROTH,
     Precision,
     default_optimizer,
+    methods,
     settings_of,
 )
 from lightning_offload.planning.result import Advice, Memory, Plan
@@ -116,7 +116,7 @@ def plan(
 def _others(scenario: Scenario) -> tuple[list[Plan], list[str]]:
     """The same with every other method; why, of those that it is impossible with."""
     plans, notes = [], []
-    for method in METHODS:
+    for method in methods():
         if method == scenario.method:
             continue
         other: dict[str, Any] = {"method": method}
@@ -141,8 +141,8 @@ def _without_effect(settings: CommonSettings, machine: Machine) -> list[str]:
 
 def _check_choices(method: str, precision: object, micro_batches: int, clip: float | None, algorithm: str) -> None:
     """Refuse what no Trainer takes either, naming the argument."""
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in methods():
+        raise ValueError(f"`method` must be one of {', '.join(methods())}, got {method!r}")
     if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:

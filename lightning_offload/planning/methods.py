@@ -10,23 +10,23 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lightning_offload.methods.base import DTypes
-from lightning_offload.methods.full import Full, FullSettings
-from lightning_offload.methods.lsp import LSP, LSPSettings
-from lightning_offload.methods.meft import MEFT, MEFTSettings
+from lightning_offload.methods.catalogue import CATALOGUE
+from lightning_offload.methods.full import Full
+from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.method import Method
 from lightning_offload.methods.settings import CommonSettings, GradientSettings
-from lightning_offload.methods.zo2 import ZO2Settings
+from lightning_offload.methods.zo2 import ZO2, ZO2Settings
 
 NATIVE, SERIAL, FULL, SUBSPACE, ZEROTH, SPARSE = "none", "zero-offload", "full", "lsp", "zo2", "meft"
-METHODS = {
-    NATIVE: "everything on the device",
-    SERIAL: "full, each step waiting for its weights",
-    FULL: "full",
-    SUBSPACE: "AdamW in a d x d subspace of each linear weight",
-    ZEROTH: "forwards alone, weights in host memory",
-    SPARSE: "wide sparse adapters in host memory beside a frozen model",
-}
-"""What can be planned; ``zero-offload`` is its schedule on this engine, for comparison."""
+
+
+def methods() -> dict[str, str]:
+    """What can be planned, in a few words each; ``zero-offload`` is its schedule on this engine, for comparison."""
+    known = {NATIVE: "everything on the device", SERIAL: "full, each step waiting for its weights"}
+    known |= {name: kind.summary for name, kind in CATALOGUE.items()} | {ZEROTH: ZO2.summary}
+    first = (NATIVE, SERIAL, FULL, SUBSPACE, ZEROTH, SPARSE)
+    return {name: known[name] for name in (*first, *(name for name in known if name not in first))}
+
 
 FITTED_STEPS = 2
 """Of a fit in a dry run: memory does not grow after them, and the steady state has none."""
@@ -74,8 +74,7 @@ def check_precision(method: str, precision: str) -> None:
 
 def settings_of(method: str) -> type[CommonSettings]:
     """The class of a method's settings."""
-    kinds: dict[str, type[CommonSettings]] = {SUBSPACE: LSPSettings, ZEROTH: ZO2Settings, SPARSE: MEFTSettings}
-    return kinds.get(method, FullSettings)
+    return ZO2Settings if method == ZEROTH else CATALOGUE.get(method, Full).settings_type
 
 
 def settings_for(method: str, given: CommonSettings) -> CommonSettings:
@@ -87,8 +86,8 @@ def settings_for(method: str, given: CommonSettings) -> CommonSettings:
     return kind(**{field.name: getattr(given, field.name) for field in fields(both or CommonSettings)})
 
 
-def method_for(settings: Any) -> Method:
-    """The method that takes these settings."""
+def method_for(method: str, settings: Any) -> Method:
+    """The method of this name with these settings."""
     if isinstance(settings, LSPSettings):
-        return LSP(replace(settings, fit_steps=min(settings.fit_steps, FITTED_STEPS)))
-    return MEFT(settings) if isinstance(settings, MEFTSettings) else Full(settings)
+        settings = replace(settings, fit_steps=min(settings.fit_steps, FITTED_STEPS))
+    return CATALOGUE.get(method, Full)(settings)

@@ -65,7 +65,7 @@ class Scenario:
         module: The model; never touched.
         batch: One micro-batch.
         machine: With rates.
-        method: A key of ``METHODS``.
+        method: One of ``methods()``.
         settings: Of the method; of another's, what all methods have is taken over.
         precision: Lightning's name of it.
         plugin: What else is asked of dtypes; ``None`` is nothing.
@@ -125,7 +125,7 @@ class Dry:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         zeroth = scenario.method == ZEROTH
-        method: Method | ZO2 = ZO2(scenario.settings) if zeroth else method_for(scenario.settings)  # type: ignore[arg-type]
+        method: Method | ZO2 = ZO2(scenario.settings) if zeroth else method_for(scenario.method, scenario.settings)  # type: ignore[arg-type]
         plugin = scenario.plugin if scenario.method != NATIVE else None  # there is no link, and there are no masters
         wished = plugin.under(scenario.precision).dtypes(method) if plugin is not None else None
         self.dtypes = wished or DTypes.of(scenario.precision, method.rounding)
@@ -346,10 +346,9 @@ class Dry:
             tokens, _ = count_of(self.scenario.batch)
             yield from rows.notes(self.timing, driver.engine, driver.engine.own, self.scenario.micro_batches, tokens)
         else:
-            totals = {kind: total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d")}
-            whole = sum(t.parameter.nbytes for t in driver.engine.own.trained) / totals["h2d", "deltas"]
-            moved = sum(totals.values())
-            of_full = moved + (whole - 1) * (totals["d2h", "compressed gradients"] + totals["h2d", "deltas"])
+            moved = sum(total.bytes for kind, total in self.timing.kinds.items() if kind[0] in ("d2h", "h2d"))
+            downs = self.scenario.micro_batches if driver.engine.own.sums_on_host else 1
+            of_full = sum(t.parameter.nbytes for part in driver.engine.senders for t in part.trained) * (downs + 1)
             yield f"the link carries {gigabytes(moved)} a step, {100 * moved / of_full:.0f} % of what full moves"
 
 

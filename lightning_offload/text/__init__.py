@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_offload.text.batches import batch_by_shape
+    from lightning_offload.text.classifier import SequenceClassifier
     from lightning_offload.text.corpus import load_corpus
     from lightning_offload.text.data import TextData
     from lightning_offload.text.facts import Facts
+    from lightning_offload.text.glue import Glue
     from lightning_offload.text.gsm8k import Gsm8k
     from lightning_offload.text.jsonl import Jsonl
     from lightning_offload.text.modules import CausalLM
@@ -29,9 +31,11 @@ TINY_PATH = str(Path(__file__).parent / "assets" / "tiny")
 
 _HOME = {
     "batch_by_shape": "batches",
+    "SequenceClassifier": "classifier",
     "load_corpus": "corpus",
     "TextData": "data",
     "Facts": "facts",
+    "Glue": "glue",
     "Gsm8k": "gsm8k",
     "Jsonl": "jsonl",
     "CausalLM": "modules",
@@ -49,12 +53,14 @@ __all__ = [
     "TINY_PATH",
     "CausalLM",
     "Facts",
+    "Glue",
     "Gsm8k",
     "Jsonl",
     "MuonAdamW",
     "PromptClassifier",
     "PythonDocs",
     "PythonSource",
+    "SequenceClassifier",
     "Sst2",
     "TextData",
     "TextFiles",

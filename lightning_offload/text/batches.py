@@ -76,12 +76,19 @@ def collate(examples: Sequence[Example], *, pad: int) -> Example:
     return batch
 
 
-def batch_by_shape(batch_size: int, sequence_length: int, vocab_size: int, choices: int | None = None) -> Example:
+def batch_by_shape(
+    batch_size: int,
+    sequence_length: int,
+    vocab_size: int,
+    choices: int | None = None,
+    num_labels: int | None = None,
+) -> Example:
     """A batch of random tokens, all of them learned, as a data module gives it when nothing is padded.
 
     Returns:
         ``input_ids`` and ``labels`` (`batch_size`, `sequence_length`), int64, on the current default device; with
-        `choices` those of so many label words and a ``target``, as `PromptClassifier` takes them.
+        `choices` those of so many label words and a ``target``, as `PromptClassifier` takes them; with `num_labels` a
+        label for each sequence, as `SequenceClassifier` takes them.
 
     Raises:
         ValueError: for a size that leaves nothing to predict.
@@ -93,6 +100,8 @@ def batch_by_shape(batch_size: int, sequence_length: int, vocab_size: int, choic
         )
     size = (batch_size, sequence_length) if choices is None else (batch_size, choices, sequence_length)
     tokens = torch.randint(vocab_size, size)
+    if num_labels is not None:
+        return {"input_ids": tokens, "labels": torch.zeros(batch_size, dtype=torch.int64 if num_labels > 1 else None)}
     batch = {"input_ids": tokens, "labels": tokens.clone()}
     return batch if choices is None else {**batch, "target": torch.zeros(batch_size, dtype=torch.int64)}
 

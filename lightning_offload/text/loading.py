@@ -20,14 +20,35 @@ _WAY_OUT = (
 )
 
 
-def build_network(*, path: str | None, config: dict[str, Any] | None, init: str, dtype: str) -> Any:
-    """A causal language model with weights from `path`, or with random ones where there are none or `init` says so.
+CAUSAL = "AutoModelForCausalLM"
+CLASSIFIER = "AutoModelForSequenceClassification"
+_KINDS = {CAUSAL: "causal language model", CLASSIFIER: "sequence classifier"}
+
+
+def build_network(
+    *,
+    path: str | None,
+    config: dict[str, Any] | None,
+    init: str,
+    dtype: str,
+    auto: str = CAUSAL,
+    extra: Mapping[str, Any] | None = None,
+) -> Any:
+    """A transformers model with weights from `path`, or with random ones where there are none or `init` says so.
+
+    Args:
+        path: see `TextModule`, also for the next three.
+        config: the model by shape.
+        init: where weights come from.
+        dtype: of the weights.
+        auto: the class of transformers that knows the kind of model.
+        extra: what else its config is to say.
 
     Raises:
         ValueError: when not exactly one of `path` and `config` is given, or `init`, `dtype` or the shape is not known.
         OffloadError: when `path` holds no model.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     if (path is None) == (config is None):
         raise ValueError(f"Give either path or config, not {'both' if path else 'neither'}. {_WAY_OUT}")
@@ -36,18 +57,19 @@ def build_network(*, path: str | None, config: dict[str, Any] | None, init: str,
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype={dtype!r} is no floating-point dtype: use 'float32', 'bfloat16' or 'float16'.")
+    make = getattr(transformers, auto)
     if path is not None and init == "pretrained":
         check_folder(path)
         try:
             # loaded models come in eval mode, which Lightning keeps: no dropout, no gradient checkpointing
-            return AutoModelForCausalLM.from_pretrained(path, dtype=kind, trust_remote_code=False).train()
+            return make.from_pretrained(path, dtype=kind, trust_remote_code=False, **(extra or {})).train()
         except (OSError, ValueError) as error:
-            raise OffloadError(f"Cannot load a causal language model from path={path!r}: {error} {_WAY_OUT}") from error
-    return AutoModelForCausalLM.from_config(shape(path, config), dtype=kind, trust_remote_code=False)
+            raise OffloadError(f"Cannot load a {_KINDS[auto]} from path={path!r}: {error} {_WAY_OUT}") from error
+    return make.from_config(shape(path, config, extra), dtype=kind, trust_remote_code=False)
 
 
-def shape(path: str | None, config: dict[str, Any] | None) -> Any:
-    """The transformers config of a model by shape, or of the one at `path`.
+def shape(path: str | None, config: dict[str, Any] | None, extra: Mapping[str, Any] | None = None) -> Any:
+    """The transformers config of a model by shape, or of the one at `path`, with what `extra` adds to it.
 
     Raises:
         ValueError: A shape without an architecture, or one that the architecture cannot have.
@@ -56,12 +78,12 @@ def shape(path: str | None, config: dict[str, Any] | None) -> Any:
 
     if path is not None:
         check_folder(path)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **(extra or {}))
     assert config is not None
     if "model_type" not in config:
         raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")
     try:
-        return AutoConfig.for_model(**_plain(config))
+        return AutoConfig.for_model(**{**_plain(config), **(extra or {})})
     except Exception as error:  # of a class of its own, and over several lines
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"config is no shape of a {config['model_type']} model: {reason}") from error

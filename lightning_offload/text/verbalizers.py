@@ -23,9 +23,10 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_offload.text.base import Batch
 from lightning_offload.text.batches import Example, answered, collate
 from lightning_offload.text.loss import IGNORED, next_token_losses
-from lightning_offload.text.modules import Batch, CausalLM
+from lightning_offload.text.modules import CausalLM
 
 Score = Literal["mean", "sum"]
 
