@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_offload.methods.lsp import LSPSettings
     from lightning_offload.methods.meft import MEFTSettings
     from lightning_offload.methods.zo2 import ZO2Settings
+    from lightning_offload.own_method import OffloadDDPStrategy, OffloadStrategy
     from lightning_offload.planning import Plan, draw_schedules, plan
     from lightning_offload.replaying import replay
 
@@ -52,6 +53,7 @@ __all__ = [
     "MEFTOffloadDDPStrategy",
     "MEFTOffloadStrategy",
     "MEFTSettings",
+    "OffloadDDPStrategy",
     "OffloadMixin",
     "OffloadPrecision",
     "OffloadStats",
@@ -78,6 +80,8 @@ _HOME = {
     "FullSettings": "methods.full",
     "LSPSettings": "methods.lsp",
     "MEFTSettings": "methods.meft",
+    "OffloadDDPStrategy": "own_method",
+    "OffloadStrategy": "own_method",
     "Plan": "planning",
     "ZO2Settings": "methods.zo2",
     "draw_schedules": "planning",

@@ -93,7 +93,7 @@ RULES = {
     "__init__": May(
         "registry strategies precision mixins method_mixins callbacks tracing",
         "",
-        ".export .methods .planning .replaying .adapters .merging",
+        ".export .methods .planning .replaying .adapters .lora .merging .own_method",
     ),
     "replaying": May("errors methods numerics", "torch"),
     "folders": May("errors", "", "safetensors"),

@@ -30,7 +30,7 @@ from lightning_offload.planning.result import Advice, Memory, Plan
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.planning.schedules import draw_schedules
 
-__all__ = ["METHODS", "Advice", "Memory", "Plan", "draw_schedules", "plan"]
+__all__ = ["Advice", "Memory", "Plan", "draw_schedules", "methods", "plan"]
 
 
 def plan(
