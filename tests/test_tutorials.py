@@ -83,26 +83,25 @@ def pictures(notebook: Any) -> Iterator[Any]:
                 yield matplotlib.image.imread(io.BytesIO(base64.b64decode(stored)))
 
 
-def private_names(notebook: Any) -> list[str]:
-    """What a notebook takes from the package beside public names and the pure functions of `numerics`."""
+def private_names(notebook: Any, *layers: str) -> list[str]:
+    """What a notebook takes from the package beside public names, `numerics`' pure functions, and `layers`."""
     found = []
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
-                found.append(node.attr)
+                found += [] if ast.unparse(node).startswith("signsgd.") else [node.attr]  # whose insides are shown
             if isinstance(node, ast.Import):
                 found += [alias.name for alias in node.names if alias.name.startswith("lightning_offload.")]
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_offload"):
-                found += [
-                    f"{node.module}.{alias.name}" for alias in node.names if not is_public(node.module, alias.name)
-                ]
+                names = [alias.name for alias in node.names]
+                found += [f"{node.module}.{name}" for name in names if not is_public(node.module, name, *layers)]
     return found
 
 
-def is_public(module: str | None, name: str) -> bool:
+def is_public(module: str | None, name: str, *layers: str) -> bool:
     if module in ("lightning_offload", "lightning_offload.text"):
         return name in importlib.import_module(module).__all__
-    return str(module).startswith("lightning_offload.numerics.") and not name.startswith("_")
+    return str(module).split(".")[1] in ("numerics", *layers) and not name.startswith("_")
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -143,6 +142,8 @@ def check_call(span: str, call: ast.Call, target: Any) -> None:
 
 def execute(path: Path, folder: Path) -> None:
     """Run a copy in `folder`, cell by cell, stopping at the first error."""
+    for beside in path.parent.glob("*.py"):
+        shutil.copy(beside, folder)
     copy = Path(shutil.copy(path, folder))
     notebook = nbformat.read(copy, as_version=4)
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
@@ -180,7 +181,8 @@ def test_has_pictures_with_something_on_them(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_takes_only_public_names(path: Path) -> None:
-    assert private_names(nbformat.read(path, as_version=4)) == []
+    layers = ("memory", "errors") if path.stem.endswith("method_of_your_own") else ()  # what a method is made of
+    assert private_names(nbformat.read(path, as_version=4), *layers) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
