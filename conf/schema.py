@@ -121,6 +121,14 @@ class Export:
 
 
 @dataclass
+class Compare:
+    """`lightning-offload compare`."""
+
+    runs: Any = MISSING  # a folder, or a list of them
+    output: str | None = None
+
+
+@dataclass
 class Quality:
     """`lightning_offload.bench.QualitySettings`."""
 
@@ -179,5 +187,5 @@ class Bench:
 def register() -> None:
     """Make the schemas known to Hydra, as the first entry of each command's defaults list."""
     store = ConfigStore.instance()
-    for schema in (Train, Evaluate, Export, Bench, Plan, Doctor):
+    for schema in (Train, Evaluate, Export, Bench, Plan, Doctor, Compare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

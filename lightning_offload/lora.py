@@ -18,6 +18,9 @@ from lightning_offload.stock import bare, stock_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of PEFT's ``init_lora_weights`` with which weights stay what they are."""
+
 
 def has_peft(module: nn.Module) -> bool:
     """Whether there are adapters of PEFT in ``module``."""
@@ -47,13 +50,14 @@ def save_peft_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> Path
         ValueError: There are no adapters, or several beside each other.
         TypeError: There is no transformers model.
         FileExistsError: ``folder`` holds something that is no adapter.
-        OffloadError: What was loaded differs, or the disk is full.
+        OffloadError: What was loaded differs, the adapters are none of the base (PiSSA), or the disk is full.
     """
     module.state_dict()  # before which an engine waits for all that is on its way
     network, target = stock_model(module), Path(folder)
     top = _wrapper(module) or network
     adapter = _only_adapter(top)
     _refuse_merged(network)
+    _refuse_changed_base(top.peft_config[adapter])
     with written_whole(target, mark=CONFIG, what="adapter") as staging:
         _write(top, network, adapter, staging)
         own = _values(top, adapter)
@@ -128,6 +132,17 @@ def _refuse_merged(network: nn.Module) -> None:
         raise OffloadError(
             f"adapters of this {type(network).__name__} are merged into its weights at the moment: call "
             "`unmerge_adapter()` first"
+        )
+
+
+def _refuse_changed_base(config: Any) -> None:
+    """Some ways to begin take what adapters begin with off the weights; on those of the base they are wrong then."""
+    start = getattr(config, "init_lora_weights", True)
+    if start not in _KEEP_BASE:
+        raise OffloadError(
+            f"init_lora_weights={start!r} has changed the weights that the adapters are beside, so they are no "
+            "adapters of the base: call PEFT's own `save_pretrained` with `path_initial_model_for_weight_conversion`, or export "
+            "the model with `export_to_hf(model, folder, merge_lora=True)`"
         )
 
 

@@ -42,6 +42,8 @@ class ZerothBehaviour(WeightsAtRest[ZerothEngine]):
 
     settings_type: ClassVar[type[ZO2Settings]] = ZO2Settings
     settings: ZO2Settings
+    weighs_batches: ClassVar[bool] = True
+    """A window's loss is the mean over what its batches learn; `TextModule` then leaves it alone."""
     log_file: Path | None = None
     _log: LogFile | None = None
     _resumed = False

@@ -56,15 +56,8 @@ def mandatory(group: str, option: str) -> list[str]:
     """What the file leaves to the user."""
     if option == "by_shape":
         return ["model.config={model_type: gpt2, n_layer: 2}"]
-    needs_path = {
-        "model": {"model": ["pretrained"], "experiment": ["zo2_sst2", "meft_gsm8k"]},
-        "data": {
-            "data": ["text", "jsonl", "gsm8k", "sst2", "glue"],
-            "experiment": ["lsp_gsm8k", "zo2_sst2", "meft_gsm8k"],
-        },
-    }
     task = ["data.task=sst2"] if (group, option) == ("data", "glue") else []
-    return task + [f"{key}.path=somewhere" for key, files in needs_path.items() if option in files.get(group, [])]
+    return task + [f"{key}=somewhere" for key in sorted(OmegaConf.missing_keys(composed(f"{group}={option}")))]
 
 
 @pytest.mark.parametrize(("group", "option"), FILES, ids=lambda value: value)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import resource
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from lightning_offload.errors import CheckpointError, OffloadError
-from lightning_offload.export import check_weights, export_to_hf, load_weights
+from lightning_offload.export import check_weights, export_to_hf, load_weights, map_weights
+from lightning_offload.memory.promises import parameters_on_meta
+from tests.families import FAMILIES
 
 LLAMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {
@@ -120,6 +127,139 @@ def test_different_logits_are_an_error_with_both_numbers_and_leave_the_old_expor
         export_to_hf(model, folder)
     assert (folder / "config.json").read_bytes() == config
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_value_that_no_logit_shows_is_compared(
+    dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an embedding that is not tied the check's tokens read a few rows."""
+    folder, model = export_to_hf(build(), tmp_path / "hf"), build()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    save, asked = model.save_pretrained, set[int]()
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: asked.update(args[0].flatten().tolist()))
+
+    def damage(path: Path, **options: int) -> None:
+        save(path, **options)
+        model(input_ids=torch.arange(1)[None])
+        file = path / "model.safetensors"
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        tensors["model.embed_tokens.weight"][unread, 3] += 0.1
+        safetensors_save(tensors, file)
+
+    from safetensors.torch import save_file as safetensors_save
+
+    export_to_hf(model, tmp_path / "other")
+    unread = next(token for token in range(64) if token not in asked)
+    monkeypatch.setattr(model, "save_pretrained", damage)
+    with pytest.raises(OffloadError, match=r"values of `model.embed_tokens.weight` have changed on the way"):
+        export_to_hf(model, folder, dtype=dtype)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "other"]
+
+
+def test_a_full_disk_leaves_the_old_export(tmp_path: Path) -> None:
+    folder = export_to_hf(build(), tmp_path / "hf")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    bound = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, bound[1]))
+    try:
+        with pytest.raises(OffloadError, match=r"the exported model could not be written to '.*hf': .*still is"):
+            export_to_hf(build(), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bound)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OffloadError, match="could not be written"):
+        export_to_hf(build(), tmp_path / "file" / "hf")
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BERT = transformers.BertConfig(vocab_size=64, **SMALL)
+IMAGES = transformers.ViTConfig(image_size=16, patch_size=8, **SMALL)
+HEADS: dict[str, Callable[[], Any]] = {
+    "llama, classes": lambda: transformers.LlamaForSequenceClassification(LlamaConfig(**LLAMA, pad_token_id=0)),
+    "bert, classes": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=64, **SMALL)
+    ),
+    "bert, words": lambda: transformers.BertForTokenClassification(transformers.BertConfig(vocab_size=64, **SMALL)),
+    "bert, no head": lambda: transformers.BertModel(transformers.BertConfig(vocab_size=64, **SMALL)),
+    "images": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(image_size=16, patch_size=8, **SMALL)
+    ),
+    **{name: (lambda name=name: FAMILIES[name]()[0]) for name in ("roberta", "bart", "granitemoe", "mamba")},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_any_model_of_transformers(kind: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = HEADS[kind]()
+    folder = export_to_hf(nn.ModuleDict({"anywhere": nn.ModuleList([model])}), tmp_path / "hf", dtype=dtype)
+    reloaded = type(model).from_pretrained(folder, dtype="auto")
+    for (name, mine), theirs in zip(model.state_dict().items(), reloaded.state_dict().values(), strict=True):
+        assert torch.equal(mine.to(theirs.dtype), theirs), name
+    with pytest.raises(TypeError, match="several transformers models"):
+        export_to_hf(nn.ModuleList([model, build()]), tmp_path / "two")
+
+
+def anonymous_bytes() -> int:
+    """Of this process; what is mapped from files is none."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def growth_bytes(work: Callable[[], Any]) -> int:
+    """The most that was seen beside what there was, looking all the time."""
+    seen, done = [before := anonymous_bytes()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous_bytes())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        work()
+    finally:
+        done.set()
+        looking.join()
+    return max(seen) - before
+
+
+WIDE = {**LLAMA, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+OF_200M = {**LLAMA, "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 13}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of a process")
+@pytest.mark.parametrize(
+    ("shape", "shard_bytes"), [(WIDE, 4 << 20), pytest.param(OF_200M, 96 << 20, marks=pytest.mark.slow)]
+)
+def test_a_checkpoint_becomes_a_folder_shard_by_shard(shape: Any, shard_bytes: int, tmp_path: Path) -> None:
+    """Nine of which and more the weights are; to load them into a model first takes all of it."""
+    config, file = LlamaConfig(**shape), tmp_path / "a.ckpt"
+    torch.save({"state_dict": AutoModelForCausalLM.from_config(config).state_dict()}, file)
+    options = {"max_shard_gib": shard_bytes / 1024**3, "dtype": torch.bfloat16}
+    made: list[Any] = []
+
+    def mapped() -> None:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config)
+        assert map_weights(model, file)
+        export_to_hf(model, tmp_path / "hf", **options)
+
+    def loaded() -> None:
+        made.append(AutoModelForCausalLM.from_config(config))
+        load_weights(made[0], file)
+
+    mapped()  # whatever is imported or kept by the first forward
+    allowed = 2.5 * shard_bytes  # one, and what a forward and the making of a parameter take
+    assert growth_bytes(mapped) < allowed
+    assert growth_bytes(loaded) > 8 * shard_bytes  # as it would be seen
+    assert growth_bytes(lambda: export_to_hf(made[0], tmp_path / "live", **options)) < allowed
 
 
 def test_a_diverged_model_is_not_exported(tmp_path: Path) -> None:

@@ -112,11 +112,12 @@ RULES = {
         "errors", "torch lightning torchmetrics typing_extensions", "transformers tokenizers datasets pyarrow peft"
     ),
     "doctor": May("memory", "torch"),
-    "plots": May("errors writing", "", "matplotlib yaml"),
+    "plots": May("errors runs writing", "", "matplotlib yaml"),
+    "comparing": May("memory plots words"),
     "runs": May("errors"),
     "cli": May(
         "errors memory methods behaviour callbacks strategies planning tracing stock export lora adapters merging "
-        "replaying plots progress runs doctor bench writing conf __init__ text",
+        "replaying plots comparing progress runs doctor bench writing conf __init__ text",
         "torch lightning hydra omegaconf typing_extensions",
     ),
 }

@@ -1,4 +1,4 @@
-"""`lightning-offload train | plan | evaluate | export | bench | doctor`: thin Hydra mains over `conf/`."""
+"""`lightning-offload train | plan | evaluate | export | bench | doctor | compare`: thin Hydra mains over `conf/`."""
 
 from lightning_offload.cli.main import main
 

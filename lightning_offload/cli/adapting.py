@@ -38,6 +38,8 @@ def how_to_load(model: Any, adapter: Path) -> str:
     network = stock_model(model)
     base = network.config._name_or_path
     dtype = str(network.dtype).removeprefix("torch.")
-    made = f"{type(network).__name__}.from_pretrained({shown(base)!r}, dtype={dtype!r})" if base else "<the same model>"
+    kind = type(network).__name__
+    labels = f", num_labels={network.config.num_labels}" if "SequenceClassification" in kind else ""
+    made = f"{kind}.from_pretrained({shown(base)!r}, dtype={dtype!r}{labels})" if base else "<the same model>"
     load = "load_meft_adapter" if has_adapters(model) else "PeftModel.from_pretrained"
     return f"the model itself has not changed; both together: {load}({made}, {shown(adapter)!r})"

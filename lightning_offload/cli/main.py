@@ -15,10 +15,12 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_offload import runs
+from lightning_offload.cli.comparing import after_sweep, compare
 from lightning_offload.cli.machine import bench, doctor
 from lightning_offload.cli.options import options
 from lightning_offload.cli.planning import plan
@@ -45,6 +47,8 @@ lightning-offload: fine-tune language models that do not fit on the GPU
                lightning-offload bench
   doctor     what was found on this machine, what will be used and why
                lightning-offload doctor
+  compare    finished runs side by side: a table and two pictures; `train -m` ends with it
+               lightning-offload compare runs=runs/sweep-<time>
 
 `lightning-offload <command> --help` lists what a command takes. HYDRA_FULL_ERROR=1 shows where an error came from.\
 """
@@ -82,6 +86,7 @@ _COMMANDS: dict[str, Callable[[DictConfig], int]] = {
     "export": export,
     "bench": bench,
     "doctor": doctor,
+    "compare": compare,
 }
 
 
@@ -101,21 +106,26 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
     OmegaConf.register_new_resolver("options", options, replace=True)
     OmegaConf.register_new_resolver("run_folder", functools.cache(runs.choose_folder), replace=True)
     seen_by_all = sys.argv, os.environ.get(FULL_ERROR)
-    begun, code = False, 0
+    begun, code, jobs = False, 0, list[Path]()
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_offload.conf", config_name=command)
     def task(cfg: DictConfig) -> None:
         nonlocal begun, code
         begun = True
+        of_sweep, folder = HydraConfig.get().mode == RunMode.MULTIRUN, Path(HydraConfig.get().runtime.output_dir)
+        job = f"{command}, job {HydraConfig.get().job.num}" if of_sweep else command
         # an exception that leaves this function makes Hydra print a line of its own
-        with _process_state(*seen_by_all), one_line_for_users(command):
+        with _process_state(*seen_by_all), _next_job(of_sweep) as failed, one_line_for_users(job):
             try:
                 _check_top_level(cfg)
                 code = max(code, _COMMANDS[command](cfg))
             except BaseException:
-                runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir), cfg.get("runs_dir"))
+                runs.remove_if_empty(folder, cfg.get("runs_dir"))
                 raise
-            runs.remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+            runs.remove_if_empty(folder)
+        code = max(code, *failed, 0)
+        if of_sweep and not failed:
+            jobs.append(folder)
 
     # The variable makes Hydra raise its errors instead of printing several lines and exiting with 1.
     with _process_state([sys.argv[0], *arguments], "1"):
@@ -125,7 +135,21 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
             if begun or isinstance(error, OmegaConfBaseException):
                 raise
             raise OffloadError(f"{error} (a group is switched off by =none)") from error
+        finally:
+            after_sweep(jobs if command == "train" else [])
     return code
+
+
+@contextmanager
+def _next_job(of_sweep: bool) -> Iterator[list[int]]:
+    """Let a sweep go on after a job that what the user gave made impossible; yields where its exit code is put."""
+    codes: list[int] = []
+    try:
+        yield codes
+    except SystemExit as stopped:
+        if not of_sweep or not isinstance(stopped.code, int):
+            raise
+        codes.append(stopped.code)
 
 
 def _quiet() -> None:

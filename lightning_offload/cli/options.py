@@ -7,6 +7,7 @@ import textwrap
 from hydra.core.global_hydra import GlobalHydra
 
 _WIDTH, _LABEL = 116, 14
+_FAMILY = 3  # options that share all but their last word, from here on told together
 
 
 def options(*groups: str) -> str:
@@ -19,7 +20,21 @@ def options(*groups: str) -> str:
     return "\n".join(lines)
 
 
+def folded(names: list[str]) -> list[str]:
+    """Families of three and more by what they share, ``lsp_glue_{cola,mnli,rte}``; a family has two words at least."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(name.rpartition("_")[0], []).append(name)
+    told: list[str] = []
+    for family, members in families.items():
+        if len(members) >= _FAMILY and "_" in family:
+            told.append(f"{family}_{{{','.join(name.rpartition('_')[2] for name in members)}}}")
+        else:
+            told += members
+    return sorted(told)
+
+
 def _lines(group: str, names: list[str]) -> list[str]:
     return textwrap.wrap(
-        ", ".join(names), _WIDTH, initial_indent=f"  {group:<{_LABEL}}", subsequent_indent=" " * (_LABEL + 2)
+        ", ".join(folded(names)), _WIDTH, initial_indent=f"  {group:<{_LABEL}}", subsequent_indent=" " * (_LABEL + 2)
     )

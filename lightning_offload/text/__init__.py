@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_offload.text.batches import batch_by_shape
+    from lightning_offload.text.boolq import BoolQ
     from lightning_offload.text.classifier import SequenceClassifier
     from lightning_offload.text.corpus import load_corpus
     from lightning_offload.text.data import TextData
     from lightning_offload.text.facts import Facts
     from lightning_offload.text.glue import Glue
     from lightning_offload.text.gsm8k import Gsm8k
+    from lightning_offload.text.hf import HfDataset
     from lightning_offload.text.jsonl import Jsonl
     from lightning_offload.text.modules import CausalLM
     from lightning_offload.text.pretrain import MuonAdamW
@@ -31,12 +33,14 @@ TINY_PATH = str(Path(__file__).parent / "assets" / "tiny")
 
 _HOME = {
     "batch_by_shape": "batches",
+    "BoolQ": "boolq",
     "SequenceClassifier": "classifier",
     "load_corpus": "corpus",
     "TextData": "data",
     "Facts": "facts",
     "Glue": "glue",
     "Gsm8k": "gsm8k",
+    "HfDataset": "hf",
     "Jsonl": "jsonl",
     "CausalLM": "modules",
     "MuonAdamW": "pretrain",
@@ -51,10 +55,12 @@ _HOME = {
 
 __all__ = [
     "TINY_PATH",
+    "BoolQ",
     "CausalLM",
     "Facts",
     "Glue",
     "Gsm8k",
+    "HfDataset",
     "Jsonl",
     "MuonAdamW",
     "PromptClassifier",

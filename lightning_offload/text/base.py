@@ -79,8 +79,8 @@ class TextModule(L.LightningModule):
         self.tokenizer: Any = load_tokenizer(tokenizer_path, path)
         self.no_decay_norms = no_decay_norms
         self._has_weights = path is not None or init == "random"
-        self._optimizer = optimizer or partial(AdamW, lr=1e-3, fused=True)
-        self._scheduler = scheduler
+        self._make_optimizer = optimizer or partial(AdamW, lr=1e-3, fused=True)
+        self._make_schedule = scheduler
         if gradient_checkpointing:
             recompute_blocks(self.network)
 
@@ -96,12 +96,24 @@ class TextModule(L.LightningModule):
     def forward(self, **inputs: Tensor) -> Any:
         return self.network(**inputs)
 
+    def weighed(self, loss: Tensor, batch_idx: int) -> Tensor:
+        """`loss`, times what its batch weighs in its accumulation window (see `TextData.loss_weight`).
+
+        As it is without a data module that knows, under manual optimization, and where the strategy weighs by itself.
+        """
+        trainer: Any = self._trainer
+        weigh = getattr(getattr(trainer, "datamodule", None), "loss_weight", None)
+        if weigh is None or not self.automatic_optimization or getattr(trainer.strategy, "weighs_batches", False):
+            return loss
+        weight: float = weigh(batch_idx)
+        return loss if weight == 1 else loss * weight
+
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self._optimizer(self._parameter_groups())
-        if self._scheduler is None:
+        optimizer = self._make_optimizer(self._parameter_groups())
+        if self._make_schedule is None:
             return optimizer
-        schedule = self._scheduler(optimizer, **self._open_total_steps(self._scheduler))
+        schedule = self._make_schedule(optimizer, **self._open_total_steps(self._make_schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _parameter_groups(self) -> list[Any]:

@@ -113,10 +113,21 @@ class ResumableSampler(DistributedSampler[Any]):
     """
 
     start: int = 0  # samples of this epoch, over all devices, that were already used
+    _known: tuple[int, Tensor] | None = None
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        return iter(list(super().__iter__())[self.start // self.num_replicas :])
+        return iter(self.order(self.epoch)[self.rank :: self.num_replicas][self.start // self.num_replicas :].tolist())
+
+    def order(self, epoch: int) -> Tensor:
+        """Samples of an epoch in their order over all devices, (total_size,): device r takes those at r, r + n, ..."""
+        known, order = self._known or (None, torch.empty(0))
+        if known != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+            order = order.repeat(-(-self.total_size // max(1, len(order))))[: self.total_size]
+            self._known = epoch, order
+        return order
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -128,11 +139,14 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     position: tuple[int, int] | None = None  # epoch, and samples of it used over all devices; None before the first
+    _last = (0, 0)  # where the batch that was given last begins
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if not isinstance(self.sampler, ResumableSampler):  # `overfit_batches` takes the same batches every epoch
-            yield from super().__iter__()
+            for number, batch in enumerate(super().__iter__()):
+                self._last = 0, number * self._batch_samples
+                yield batch
             return
         sampler, left = self._sampler, len(self)
         epoch, used = self.position or (sampler.epoch, 0)
@@ -142,6 +156,7 @@ class ResumableLoader(DataLoader[Any]):
             sampler.set_epoch(epoch)
             sampler.start = used
             for batch in islice(super().__iter__(), left):
+                self._last = epoch, used
                 used = min(used + self._batch_samples, sampler.total_size)
                 self.position = epoch, used
                 left -= 1
@@ -156,7 +171,46 @@ class ResumableLoader(DataLoader[Any]):
     def _batch_samples(self) -> int:
         """Samples of one batch, over all devices."""
         assert self.batch_size is not None
-        return self.batch_size * self._sampler.num_replicas
+        return self.batch_size * int(getattr(self.sampler, "num_replicas", 1))
+
+    def weigh(self, weights: Tensor, *, before: int, count: int) -> tuple[int, int]:
+        """What the batch that was given last weighs, and what the window that it is in does over all devices.
+
+        Args:
+            weights: of each sample of the data set, (samples,), int64.
+            before: batches of the window before this one.
+            count: of all its batches.
+        """
+        at, step = self._last, self._batch_samples
+        rank, ranks = int(getattr(self.sampler, "rank", 0)), int(getattr(self.sampler, "num_replicas", 1))
+        own = int(weights[self._samples(at)[rank::ranks]].sum())
+        for _ in range(before):
+            at = self._before(at)
+        whole = 0
+        for _ in range(count):
+            whole += int(weights[self._samples(at)].sum())
+            at = (at[0], at[1] + step) if at[1] + step < self._total else (at[0] + 1, 0)
+        return own, whole
+
+    def _before(self, at: tuple[int, int]) -> tuple[int, int]:
+        """Where the batch begins that comes before the one that begins at `at`."""
+        epoch, start = at
+        if start:
+            return epoch, max(0, start - self._batch_samples)
+        return epoch - 1, (self._total - 1) // self._batch_samples * self._batch_samples
+
+    @property
+    def _total(self) -> int:
+        return int(getattr(self.sampler, "total_size", len(self.dataset)))  # type: ignore[arg-type]
+
+    def _samples(self, at: tuple[int, int]) -> Tensor:
+        """Those of the batch that begins at `at`, over all devices."""
+        epoch, start = at
+        end = min(start + self._batch_samples, self._total)
+        if isinstance(self.sampler, ResumableSampler):
+            return self.sampler.order(epoch)[start:end]
+        count: int = len(self.dataset)  # type: ignore[arg-type]
+        return torch.arange(start, end) % count
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what fixes the order."""

@@ -84,12 +84,18 @@ class SequenceClassifier(TextModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self._trainer, "datamodule", None)
-        count = getattr(data, "num_labels", self.num_labels)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        count, pad = getattr(data, "num_labels", self.num_labels), getattr(data, "pad", None)
         if count != self.num_labels:
             raise OffloadError(
                 f"this model has num_labels={self.num_labels}, the data {count}: leave num_labels out on the command"
                 " line, or pass num_labels=data.num_labels."
+            )
+        if pad not in (None, self.network.config.get_text_config().pad_token_id):
+            raise OffloadError(
+                f"the data pad with token {pad}, and this model looks for token"
+                f" {self.network.config.get_text_config().pad_token_id}: give the model a tokenizer_path, and set"
+                " data.tokenizer = model.tokenizer."
             )
 
     @override
@@ -133,7 +139,7 @@ class SequenceClassifier(TextModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(self.logits(batch), batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
+        return self.weighed(loss, batch_idx)
 
     @override
     def on_validation_epoch_start(self) -> None:

@@ -1,7 +1,7 @@
 """The common base of the data modules: tokens in, batches out.
 
-A batch is a dict of int64 tensors (batch, sequence): ``input_ids``; ``labels``, -100 where nothing is learned; and
-``attention_mask``, only when there is padding.
+A batch is a dict of int64 tensors (batch, sequence): ``input_ids``; ``labels``, -100 where nothing is learned;
+``attention_mask``, only when there is padding; and instead of it ``position_ids``, when examples share sequences.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from itertools import groupby
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_offload.errors import DataError
-from lightning_offload.text.batches import Example, ResumableLoader, ResumableSampler, collate
+from lightning_offload.text.batches import Example, Packed, ResumableLoader, ResumableSampler, collate
 from lightning_offload.text.loss import IGNORED
+from lightning_offload.text.packing import parts_of
+
+#: between the examples of a packed sequence, where one is shown
+NEXT = "\n--- next in the same sequence ---\n"
 
 
 class TextData(L.LightningDataModule):
@@ -130,13 +135,14 @@ class TextData(L.LightningDataModule):
         return self._sets[index]
 
     @property
-    def _pad(self) -> int:
+    def pad(self) -> int:
+        """The token that fills shorter sequences up."""
         pad = self.tokenizer.pad_token_id
         return self.end if pad is None else int(pad)
 
     @property
     def _collate(self) -> partial[Example]:
-        return partial(collate, pad=self._pad)
+        return partial(collate, pad=self.pad)
 
     @override
     def train_dataloader(self) -> ResumableLoader:
@@ -153,6 +159,39 @@ class TextData(L.LightningDataModule):
             loader.load_state_dict(self._resume)
             self._resume = None
         return loader
+
+    def loss_weight(self, batch_idx: int, accumulate_grad_batches: int | None = None) -> float:
+        """What to multiply a batch's mean loss by, so that an accumulation window has the mean over all that it learns.
+
+        Lightning divides every loss by the number of batches in a window, and averages over devices; with losses of
+        different numbers of tokens, or a shorter window at the end of an epoch, that is not the mean over tokens. The
+        order of the data is known, so nothing is read ahead. The models of this package do it by themselves under
+        automatic optimization; who steps by hand (``OffloadMixin``) calls this in ``loss``.
+
+        Args:
+            batch_idx: as ``training_step`` has it; of the batch that is being trained on.
+            accumulate_grad_batches: batches in a window; default the Trainer's.
+        """
+        trainer: Any = self.trainer
+        window = accumulate_grad_batches or trainer.accumulate_grad_batches
+        loader = trainer.train_dataloader
+        if (window == 1 and trainer.world_size == 1) or not isinstance(loader, ResumableLoader):
+            return 1.0
+        before = batch_idx % window
+        count = min(window, trainer.num_training_batches - (batch_idx - before))
+        own, whole = loader.weigh(self._weights, before=before, count=count)
+        return float(own * window * trainer.world_size / max(whole, 1))
+
+    def weight_of(self, example: Any) -> int:
+        """What the mean loss of an example is the mean of: its learned tokens; the first is not predicted."""
+        return int((example["labels"][1:] != IGNORED).sum())
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        examples: Any = self._set(0)
+        if isinstance(examples, Packed):
+            return torch.full((len(examples),), examples.sequences.shape[1] - 1)
+        return torch.tensor([self.weight_of(examples[index]) for index in range(len(examples))])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -203,19 +242,26 @@ class TextData(L.LightningDataModule):
         return sum(len(text.encode()) for text in decoded) / max(1, tokens)
 
     def preview(self, batch: dict[str, Tensor], max_chars: int = 800) -> str:
-        """The first example of a batch as text, what is learned between ⟦ and ⟧."""
+        """The first sequence of a batch as text, what is learned between ⟦ and ⟧."""
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         if "attention_mask" in batch:
             kept = batch["attention_mask"][0].bool()
             ids, labels = ids[kept], labels[kept]
+        examples = [(ids, labels)]
+        if "position_ids" in batch:
+            examples = parts_of(ids, labels, batch["position_ids"][0], pad=self.pad)
+        text = NEXT.join(self._marked(*example, max_chars) for example in examples)
+        count = sum(len(tokens) for tokens, _ in examples)
+        share = (batch["labels"] != IGNORED).float().mean().item()
+        return f"{text}\n({count} tokens; {share:.0%} of the batch is learned, between ⟦ and ⟧)"
+
+    def _marked(self, ids: Tensor, labels: Tensor, max_chars: int) -> str:
+        runs = groupby(zip(ids.tolist(), labels.tolist(), strict=True), key=lambda pair: pair[1] != IGNORED)
         parts = []
-        for learned, run in groupby(
-            zip(ids.tolist(), labels.tolist(), strict=True), key=lambda pair: pair[1] != IGNORED
-        ):
+        for learned, run in runs:
             text = self.tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
             parts.append(f"⟦{_shorten(text, max_chars)}⟧" if learned else _shorten(text, max_chars))
-        share = (batch["labels"] != IGNORED).float().mean().item()
-        return f"{''.join(parts)}\n({len(ids)} tokens; {share:.0%} of the batch is learned, between ⟦ and ⟧)"
+        return "".join(parts)
 
 
 def _shorten(text: str, max_chars: int) -> str:

@@ -200,6 +200,11 @@ class Glue(TextData):
                 made[at] = {name: cut[name][index] for name in self._inputs}
         return [{name: torch.tensor(ids) for name, ids in example.items()} for example in made]
 
+    @override
+    def weight_of(self, example: Any) -> int:
+        """Every example counts alike."""
+        return 1
+
     @property
     def _inputs(self) -> list[str]:
         return [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
@@ -207,7 +212,7 @@ class Glue(TextData):
     @property
     @override
     def _collate(self) -> partial[Example]:
-        fill = {"input_ids": self._pad, "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0)}
+        fill = {"input_ids": self.pad, "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0)}
         return partial(collate_labelled, fill=fill)
 
     @override

@@ -41,6 +41,10 @@ PLAIN_HEAD = frozenset(
 )
 
 
+#: architectures that do not tell packed examples apart by ``position_ids`` alone, and take a mask that does
+MASKED = frozenset({"opt"})
+
+
 class TokenLoss(NamedTuple):
     """Mean loss per learned token (nats), and how many tokens that is a mean of."""
 
@@ -68,7 +72,8 @@ def next_token_loss(network: Any, batch: dict[str, Tensor], *, chunk_tokens: int
 
     Args:
         network: a causal language model of transformers.
-        batch: ``input_ids`` and ``labels`` (batch, sequence), int64; ``attention_mask`` when there is padding.
+        batch: ``input_ids`` and ``labels`` (batch, sequence), int64; ``attention_mask`` when there is padding;
+            ``position_ids`` when there are several examples in a sequence (see `packing`).
         chunk_tokens: tokens whose logits exist at the same time; 0 for the model's own forward.
 
     Differs from the model's own loss in rounding only; a batch without labels gives 0, not NaN.
@@ -87,12 +92,26 @@ def next_token_losses(network: Any, batch: dict[str, Tensor], *, chunk_tokens: i
 def _losses(network: Any, batch: dict[str, Tensor], chunk_tokens: int, reduction: Reduction) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each token, or its sum; and the targets, (tokens,)."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if "position_ids" in inputs and network.config.model_type in MASKED:
+        inputs["attention_mask"] = attention_within(inputs["position_ids"], network.dtype)
     # position t is scored against token t + 1; the last position has nothing to predict
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
     if chunk_tokens and has_plain_head(network):
         head, hidden = network.get_output_embeddings(), network.base_model(**inputs, use_cache=False).last_hidden_state
         return chunked_cross_entropy(head, hidden.flatten(0, 1), targets, chunk_tokens, reduction), targets
     return _cross_entropy(network(**inputs, use_cache=False).logits.flatten(0, 1), targets, reduction), targets
+
+
+def attention_within(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores so that a token sees its own example alone, and that up to itself.
+
+    Args:
+        positions: (batch, sequence), 0 where an example begins.
+        dtype: of the result, (batch, 1, sequence, sequence).
+    """
+    example = (positions == 0).cumsum(1)
+    seen = (example[:, :, None] == example[:, None]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def chunked_cross_entropy(

@@ -14,6 +14,7 @@ from lightning_offload.text.answers import Match, right_answers
 from lightning_offload.text.base import Batch, TextModule
 from lightning_offload.text.loading import CAUSAL
 from lightning_offload.text.loss import next_token_loss
+from lightning_offload.text.packing import check_packing
 
 
 class CausalLM(TextModule):
@@ -58,10 +59,16 @@ class CausalLM(TextModule):
         self.matched = MeanMetric()
 
     @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if getattr(getattr(self._trainer, "datamodule", None), "packing", False):
+            check_packing(self.network)
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = next_token_loss(self.network, batch, chunk_tokens=self.loss_chunk_tokens).mean
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
-        return loss
+        return self.weighed(loss, batch_idx)
 
     @override
     def on_validation_epoch_start(self) -> None:

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.utils.data import Dataset
-from typing_extensions import override
-
-from lightning_offload.text.batches import Example
-from lightning_offload.text.data import TextData
-from lightning_offload.text.lines import Line, needed, read_split
-from lightning_offload.text.verbalizers import Choices, choices, collate_choices
-
-LABELS = 2
+from lightning_offload.text.prompted import Prompted
 
 
-class Sst2(TextData):
+class Sst2(Prompted):
     """Sentences in a prompt with a word for each label, for `PromptClassifier`; MeZO's protocol by default.
 
     Args:
-        path: folder with .jsonl, .csv, .tsv or .parquet files with the fields sentence and label (0 negative, 1
-            positive): train, dev (or validation), and test. Where the test split has no labels, as GLUE's, the
-            validation split is the test, and training sentences that are not trained on validate.
+        path: folder with the fields sentence and label (0 negative, 1 positive); files as in `Prompted`.
         train_examples, val_examples, test_examples: at most so many, drawn by `seed`; None for all.
         prompt: with ``{sentence}`` in it.
         label_words: what follows the prompt for labels 0 and 1, the space included.
-        **common: see `TextData`. A longer sentence is cut on the left, which is counted and said once.
+        **common: see `Prompted`.
 
     Raises:
         ValueError: for a prompt without a sentence or label words that are not two different ones.
         DataError: for missing files or a bad line, naming file, line number and reason.
     """
+
+    fields = ("sentence",)
+    meaning = ("negative", "positive")
+    texts = "sentences"
 
     def __init__(
         self,
@@ -48,67 +38,5 @@ class Sst2(TextData):
         label_words: Sequence[str] = (" terrible", " great"),
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        if prompt.count("{sentence}") != 1:
-            raise ValueError(f"prompt={prompt!r}: say where the text goes with one {{sentence}}.")
-        if len(set(label_words)) != LABELS or len(label_words) != LABELS:
-            raise ValueError(f"label_words={list(label_words)}: give two different ones, for negative and positive.")
-        self.path = path
-        self.limits = train_examples, val_examples, test_examples
-        self.prompt = prompt
-        self.label_words = list(label_words)
-
-    @override
-    def read(self) -> tuple[Dataset[Choices], ...]:
-        rng = random.Random(self.seed)
-        train, val, test = self._splits()
-        for lines in (train, val, test):
-            rng.shuffle(lines)
-        if not val:
-            kept = len(train) - (self.limits[1] or len(train) // 10)
-            train, val = train[:kept], train[max(kept, 0) :]
-        parts = zip((train, val, test), self.limits, strict=True)
-        return tuple(self._examples(lines[:limit]) for lines, limit in parts)
-
-    def _splits(self) -> tuple[list[Line], list[Line], list[Line]]:
-        """Training, validation and test lines; those of validation are none where they have to be the test."""
-        train, val, test = (read_split(self.path, *names) for names in (("train",), ("dev", "validation"), ("test",)))
-        needed(train, self.path, "train")
-        if not any("label" in line.row and line.row["label"] not in (-1, "-1") for line in test):
-            val, test = [], needed(val, self.path, "dev")
-        return train, val, test
-
-    def _examples(self, lines: list[Line]) -> Any:
-        examples = [self._example(line) for line in lines]
-        cut = sum(example.cut for example in examples)
-        if cut:
-            rank_zero_warn(
-                f"{self.path}: {cut} of {len(examples)} sentences are cut on the left. Raise data.sequence_length"
-                f" (now {self.sequence_length})."
-            )
-        return examples
-
-    def _example(self, line: Line) -> Choices:
-        prompt = self.prompt.replace("{sentence}", line.text("sentence").strip())
-        ids, *continued = self.encode([prompt, *(prompt + word for word in self.label_words)])
-        return choices(ids, continued, target=_label(line), start=self.start, length=self.sequence_length)
-
-    @property
-    @override
-    def _collate(self) -> partial[Example]:
-        return partial(collate_choices, pad=self._pad)
-
-    @override
-    def preview(self, batch: dict[str, Tensor], max_chars: int = 800) -> str:
-        """The first example with its right word, between ⟦ and ⟧."""
-        right = int(batch["target"][0])
-        return super().preview(
-            {name: value[0, right][None] for name, value in batch.items() if name != "target"}, max_chars
-        )
-
-
-def _label(line: Line) -> int:
-    value = line.field("label")
-    if str(value) not in ("0", "1"):
-        raise line.error(f"'label' is {value!r}; needs 0 (negative) or 1 (positive).")
-    return int(value)
+        limits = {"train_examples": train_examples, "val_examples": val_examples, "test_examples": test_examples}
+        super().__init__(path=path, prompt=prompt, label_words=label_words, **limits, **common)

@@ -125,7 +125,7 @@ class PromptClassifier(CausalLM):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self.scores(batch), batch["target"])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["target"]))
-        return loss
+        return self.weighed(loss, batch_idx)
 
     @override
     def on_validation_epoch_start(self) -> None:

@@ -256,3 +256,9 @@ def test_data_of_another_kind(classifier, tokenizer):
     docs = PythonDocs(sequence_length=32, limit_train_tokens=64, limit_val_tokens=64, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"one label for each text; .*Use data=glue, or the model CausalLM"):
         trainer().validate(classifier(), docs, verbose=False)
+
+
+def test_data_that_pad_with_another_token(folder, tokenizer):
+    module = SequenceClassifier(config={**SIZES, "model_type": "llama"}, init="random")
+    with pytest.raises(OffloadError, match="the data pad with token 0, and this model looks for token 2: give the"):
+        trainer().fit(module, Glue(path=folder(), task="sst2", tokenizer=tokenizer))
