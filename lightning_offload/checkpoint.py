@@ -73,7 +73,7 @@ class OffloadCheckpointIO(TorchCheckpointIO):
                 raise  # not damaged: torch says itself what it refuses and how to load it
             raise CheckpointError(
                 f"The checkpoint `{path}` cannot be read: it is truncated, damaged, or no checkpoint "
-                f"({_reason(error)}). Resume from an earlier checkpoint."
+                f"({reason(error)}). Resume from an earlier checkpoint."
             ) from error
 
 
@@ -143,7 +143,7 @@ def _is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line, unless it is torch's advice on ``weights_only``, which does not help here."""
     line = next(iter(str(error).splitlines()), "")
     return type(error).__name__ if "weights_only" in line or not line else f"{type(error).__name__}: {line}"

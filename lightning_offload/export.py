@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_offload.agreement import Change, compare_logits, compare_values
-from lightning_offload.checkpoint import compare_adapters, compare_weights
+from lightning_offload.checkpoint import compare_adapters, compare_weights, reason
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.folders import written_whole
 from lightning_offload.lora import has_peft, merged
 from lightning_offload.memory.shards import INDEX
 from lightning_offload.methods.meft import adapters_of
 from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, backbone_names
-from lightning_offload.stock import bare, stock_model
+from lightning_offload.stock import bare, is_wrapped, stock_model
 
 _GIB = 1024**3
 
@@ -56,15 +56,18 @@ def export_to_hf(
 
     Raises:
         TypeError: ``module`` holds no transformers model.
+        ValueError: ``max_shard_gib`` is not above 0.
         FileExistsError: ``path`` holds something that is no exported model.
         OffloadError: What was reloaded differs; both values are in the message. Or there are adapters in the model,
             which no stock architecture has; or the disk is full.
     """
+    if not max_shard_gib > 0:
+        raise ValueError(f"max_shard_gib={max_shard_gib}: give a size above 0")
     module.state_dict()  # before which an engine waits for all that is on its way
     target, network = Path(path), stock_model(module)
     _refuse_adapters(module, merge_lora=merge_lora)
     change = _changed(merged(network) if merge_lora else _as_it_is, dtype)
-    plain = bare(network) if merge_lora else network
+    plain = bare(network) if merge_lora or is_wrapped(network) else network
     tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
     with written_whole(target, mark="config.json", what="exported model") as staging, _without_progress_bars():
         plain.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB * _narrower(plain, dtype)))
@@ -96,10 +99,9 @@ def read_checkpoint(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{os.fspath(checkpoint)!r} cannot be read as a checkpoint; it may have been cut off while it was "
-            f"written, so use an earlier one ({reason})"
+            f"written, so use an earlier one ({reason(error)})"
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{os.fspath(checkpoint)!r} is no Lightning checkpoint: it has no 'state_dict'")

@@ -23,7 +23,7 @@ _WAYS_OUT = {
     errno.EIO: "the disk fails: write elsewhere",
     errno.ENOTDIR: "choose a path below folders",
     errno.EISDIR: "name a file",
-    errno.EEXIST: "choose another name",
+    errno.EEXIST: "a file is in the way: choose another name",
     errno.ENOENT: "choose a place that there is",
     errno.ENAMETOOLONG: "choose a shorter name",
 }

@@ -32,9 +32,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def given(inputs: Path) -> list[str]:
-    """Settings of a run that takes a second."""
+def settings(inputs: Path) -> list[str]:
+    """Of a run that takes a second."""
     return [
         "model=pretrained",
         f"model.path={inputs / 'small'}",
@@ -50,6 +49,12 @@ def given(inputs: Path) -> list[str]:
         "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=false",
     ]
+
+
+@pytest.fixture
+def given(inputs: Path) -> list[str]:
+    """Settings of a run that takes a second."""
+    return settings(inputs)
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ RULES = {
     "cli": May(
         "errors memory methods behaviour callbacks strategies planning tracing stock export lora adapters merging "
         "replaying plots comparing progress runs doctor bench writing conf __init__ text",
-        "torch lightning hydra omegaconf typing_extensions",
+        "torch lightning hydra omegaconf typing_extensions yaml",
     ),
 }
 """The layers of the design; a new module is added here, with what it may import."""

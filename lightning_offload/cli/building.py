@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from yaml import YAMLError
 
-from lightning_offload.errors import OffloadError
+from lightning_offload import runs
+from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
 from lightning_offload.text import CausalLM
+from lightning_offload.text.pretrained import check_vocabulary
 
 PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
 
@@ -70,6 +74,7 @@ def build_all(cfg: DictConfig, group: str) -> list[Any]:
 def build_data(cfg: DictConfig, model: Any) -> Any:
     """Make the data module, with the tokenizer of the model."""
     data = build(cfg, "data")
+    check_vocabulary(getattr(model, "network", None), model.tokenizer)
     data.tokenizer = model.tokenizer
     return data
 
@@ -102,6 +107,24 @@ def settings_of(cfg: Any) -> Any:
     kind = behaviour.settings_type
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in given.items() if name in names})
+
+
+def stored_config(run: Path) -> Any:
+    """What a run was made with.
+
+    Raises:
+        CheckpointError: The file is not what the run has written.
+    """
+    file, found = run / runs.CONFIG, None
+    with suppress(YAMLError, UnicodeDecodeError):
+        found = OmegaConf.load(file)
+    missing = [key for key in ("model", "data", "trainer", "precision", "seed") if found is None or key not in found]
+    if missing:
+        raise CheckpointError(
+            f"{shown(file)} does not say the run's {', '.join(missing)}: it is damaged, or of something else. The run "
+            "writes it again when it goes on: the same train command with ckpt_path=last"
+        )
+    return found
 
 
 def put_adapters(cfg: Any, model: Any) -> None:

@@ -38,6 +38,8 @@ def check_trainer(trainer: DictConfig) -> None:
 
 
 def _check_devices(trainer: DictConfig) -> None:
+    if trainer.get("accelerator") == "gpu" and not torch.cuda.is_available():
+        raise OffloadError("trainer.accelerator=gpu: torch finds no GPU here; leave it out, or take hardware=cpu")
     devices, cores = trainer.get("devices"), os.cpu_count() or 1
     count = len(devices) if isinstance(devices, ListConfig) else devices
     on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()

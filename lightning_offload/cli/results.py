@@ -21,8 +21,9 @@ from lightning_offload.cli.building import (
     fit_to_data,
     put_adapters,
     shown,
+    stored_config,
 )
-from lightning_offload.cli.checks import seed_everything
+from lightning_offload.cli.checks import check_trainer, seed_everything
 from lightning_offload.cli.training import held_out
 from lightning_offload.cli.users import user_errors
 from lightning_offload.errors import OffloadError
@@ -45,12 +46,15 @@ def evaluate(cfg: DictConfig) -> int:
         run = runs.folder_of(checkpoint) if checkpoint else None
         if cfg.split not in ("val", "test"):
             raise OffloadError(f"`split` is val or test; got {cfg.split!r}")
+        if cfg.max_new_tokens < 1:
+            raise OffloadError(f"max_new_tokens={cfg.max_new_tokens}: give a number from 1")
+        check_trainer(cfg.trainer)
         _fill_in(cfg, run)
         fit_to_data(cfg)
         seed_everything(cfg.seed)
         model = build(cfg, "model")
         if checkpoint and run:
-            put_adapters(OmegaConf.load(run / runs.CONFIG), model)
+            put_adapters(stored_config(run), model)
             load_weights(model, checkpoint)
         data = build_data(cfg, model)
         bar = [progress_bar()] if cfg.trainer.enable_progress_bar else []
@@ -119,7 +123,7 @@ def _loaded(cfg: DictConfig) -> tuple[Any, Path, Path]:
         raise OffloadError(f"`base` is what a log is replayed on; got base={cfg.base} without log=<file>")
     checkpoint = runs.find_checkpoint(cfg.ckpt_path)
     folder = runs.folder_of(checkpoint)
-    stored = OmegaConf.load(folder / runs.CONFIG)
+    stored = stored_config(folder)
     L.seed_everything(stored.seed, verbose=False)  # of the adapters, and of weights that a checkpoint may leave out
     model = build_without_weights(stored)
     if not map_weights(model, checkpoint):
@@ -152,7 +156,7 @@ def _replayed(cfg: DictConfig) -> tuple[Any, Path, Path]:
         _refuse_drawn(entries[0], log)
         return replay(CausalLM(path=cfg.base), entries), log, log.parent
     folder = runs.folder_of(log)
-    stored = OmegaConf.load(folder / runs.CONFIG)
+    stored = stored_config(folder)
     L.seed_everything(stored.seed, verbose=False)  # where the run began with random weights
     return replay(build(stored, "model"), entries), log, folder
 
@@ -167,7 +171,7 @@ def _refuse_drawn(header: Header, log: Path) -> None:
 
 def _fill_in(cfg: DictConfig, run: Path | None) -> None:
     """Take the model and the data of the run, where none was chosen; data may say how the model is used."""
-    stored = OmegaConf.load(run / runs.CONFIG) if run else OmegaConf.create()
+    stored = stored_config(run) if run else OmegaConf.create()
     given = HydraConfig.get().runtime.choices
     with open_dict(cfg):
         for key in ("model", "data"):

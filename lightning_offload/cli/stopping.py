@@ -38,7 +38,6 @@ class Stopping(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begins()
-        self._trainer = trainer
         if trainer.world_size > 1:  # ranks would stop at different steps
             return
         with suppress(ValueError):  # not in the main thread
@@ -50,12 +49,18 @@ class Stopping(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.begun = True
 
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.received and ((batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch):
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate first
+
     def _stop(self, number: int, frame: Any) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        self._trainer.should_stop = True
-        self._trainer.limit_val_batches = 0  # Lightning would validate first
         with suppress(OSError):  # no print: it may be what was interrupted
             os.write(2, b"\nstops after this step and saves it; once more stops at once\n")
 
@@ -87,4 +92,5 @@ def _way_back(folder: Path, stopping: Stopping) -> str:
     newest = runs.newest_checkpoint(folder)
     if newest is not None:
         return f". {shown(newest)} is whole: the same command with ckpt_path=last goes on from it"
-    return ". There is no checkpoint to go on from" if stopping.begun else " before training began; nothing is left"
+    begun = "There is no checkpoint to go on from"
+    return f". {begun if stopping.begun else 'Training had not begun, and nothing is left'}"

@@ -57,6 +57,10 @@ class TextData(L.LightningDataModule):
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
+        sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "num_workers": num_workers}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 0:
+                raise ValueError(f"data.{name}={size!r}: give a whole number.")
         if sequence_length < 2 or batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
             raise ValueError(
                 "data needs sequence_length >= 2 and batch sizes >= 1; got"
@@ -86,8 +90,9 @@ class TextData(L.LightningDataModule):
         sets = self.read()
         for name, examples in zip(("train on", "validate with", "test with"), sets, strict=False):
             if not len(examples):  # type: ignore[arg-type]
+                source = getattr(self, "path", None) or type(self).__name__
                 raise DataError(
-                    f"{type(self).__name__}: nothing to {name}. Give more text, or a smaller"
+                    f"{source}: nothing to {name}. Give more text, or a smaller"
                     f" data.sequence_length (now {self.sequence_length})."
                 )
         self._sets = sets
@@ -95,8 +100,8 @@ class TextData(L.LightningDataModule):
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise ValueError(
-                f"{type(self).__name__} has no tokenizer: set data.tokenizer = model.tokenizer before the Trainer"
-                " starts, or give the model a tokenizer_path."
+                f"{type(self).__name__} has no tokenizer: give the model a tokenizer_path (model.tokenizer_path=<folder"
+                " or hub id>); in Python set data.tokenizer = model.tokenizer before the Trainer starts."
             )
         longest = getattr(self.tokenizer, "model_max_length", None)
         if longest is not None and longest < self.sequence_length:
@@ -109,6 +114,22 @@ class TextData(L.LightningDataModule):
         """What of an answer has to be right."""
         return text.strip()
 
+    def check_answers(self) -> None:
+        """Find out, before anything runs, whether every held-out answer has something that has to be right.
+
+        Raises:
+            DataError: for one that has nothing, as what counts in it was cut.
+        """
+        for name, examples in (("validation", self._set(1)), ("test", self._set(-1))):
+            for index in range(len(examples)):  # type: ignore[arg-type]
+                labels = examples[index]["labels"]
+                answer = self.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True)
+                if not self.final_answer(answer):
+                    raise DataError(
+                        f"Nothing counts in the answer {answer[-80:]!r} of the {name}: if it is cut, raise"
+                        f" data.sequence_length (now {self.sequence_length})."
+                    )
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added."""
         if not texts:
@@ -120,7 +141,10 @@ class TextData(L.LightningDataModule):
     def end(self) -> int:
         """The token after each document or answer."""
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has no end-of-text token: set tokenizer.eos_token.")
+            raise ValueError(
+                f'The tokenizer {self.tokenizer.name_or_path!r} has no end-of-text token: put "eos_token" into its'
+                " tokenizer_config.json, or set tokenizer.eos_token."
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property

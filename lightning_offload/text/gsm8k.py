@@ -58,5 +58,5 @@ class Gsm8k(TextData):
         return cut(self.path, ((line, self._example(line)) for line in lines), self.sequence_length)
 
     def _example(self, line: Line) -> Example:
-        question, answer = self.encode([QUESTION.format(question=line.text("question")), f" {line.text('answer')}"])
+        question, answer = self.encode([QUESTION.format(question=line.words("question")), f" {line.words('answer')}"])
         return answered([*self.start, *question], [*answer, self.end])

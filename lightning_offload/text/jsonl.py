@@ -37,13 +37,14 @@ class Jsonl(Rows):
 
     @override
     def read(self) -> tuple[Dataset[Example], ...]:
-        sets: list[Any] = [self._read(path) for path in (self.path, self.val_path) if path is not None]
+        paths = {"data.path": self.path, "data.val_path": self.val_path}
+        sets: list[Any] = [self._read(path, key) for key, path in paths.items() if path is not None]
         if len(sets) == 1:
             sets = held_out(sets[0], self.val_fraction, self.seed)
         return (self.packed(sets[0]), sets[1])  # type: ignore[return-value]
 
-    def _read(self, path: str) -> list[Example]:
-        return self.examples(path, read_lines(Path(path).expanduser()))
+    def _read(self, path: str, key: str) -> list[Example]:
+        return self.examples(path, read_lines(Path(path).expanduser(), key))
 
 
 def held_out(examples: list[Example], fraction: float, seed: int) -> list[list[Example]]:

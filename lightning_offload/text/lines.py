@@ -37,31 +37,73 @@ class Line(NamedTuple):
         """The same for a field that is text."""
         value = self.field(name)
         if not isinstance(value, str):
-            raise self.error(f"{name!r} is {type(value).__name__}, not text.")
+            raise self.error(
+                f"{name!r} is {type(value).__name__}, not text: write it in quotes, or leave the line out."
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(
+                f"{name!r} has half a character (\\u{ord(value[error.start]):x}): mend the text."
+            ) from error
+        return value
+
+    def words(self, name: str) -> str:
+        """The same for text that says something."""
+        value = self.text(name)
+        if not value.strip():
+            raise self.error(f"holds nothing to learn, its {name!r} is empty: leave the line out.")
         return value
 
 
-def read_lines(file: Path) -> Iterator[Line]:
+_SHAPE = 'write one JSON object a line, such as {"text": "..."}'
+
+
+def read_lines(file: Path, key: str = "data.path") -> Iterator[Line]:
     """The JSON objects of a file; empty lines are allowed at its end only.
+
+    Args:
+        file: which.
+        key: the setting that names it.
 
     Raises:
         DataError: naming the file, and for a bad line its number and the reason.
     """
+    if file.is_dir():
+        raise DataError(f"{file} is a folder: pass {key}=<a .jsonl file in it>.")
     if not file.is_file():
-        raise DataError(f"There is no file {file}: pass data.path=<file.jsonl>.")
+        raise DataError(f"There is no file {file}: pass {key}=<file.jsonl>.")
     lines = _text(file).rstrip().split("\n")
     if lines == [""]:
-        raise DataError(f"{file} is empty.")
+        raise DataError(f"{file} is empty: {_SHAPE}.")
     for number, text in enumerate(lines, start=1):
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
-            reason = f"not valid JSON ({error.msg}, column {error.colno})" if text.strip() else "empty"
+            reason = f"not valid JSON ({error.msg}, column {error.colno}): {_SHAPE}" if text.strip() else _EMPTY
             raise DataError(f"{file}, line {number}: {reason}.") from error
+        except (_TwiceError, RecursionError) as error:
+            raise DataError(f"{file}, line {number}: {error}.") from error
         line = Line(file, number, row)
         if not isinstance(row, dict):
-            raise line.error(f"a {type(row).__name__}, not a JSON object with named fields.")
+            raise line.error(f"a {type(row).__name__}, not a JSON object with named fields: {_SHAPE}.")
         yield line
+
+
+_EMPTY = "empty, with others after it: take it out"
+
+
+class _TwiceError(Exception):
+    """A field that a JSON object has twice: nobody knows which one counts."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"the field {twice!r} is there twice: keep one")
+    return row
 
 
 def _csv(file: Path) -> Iterator[Line]:
@@ -95,10 +137,34 @@ def _parquet(file: Path) -> Iterator[Line]:
 
 
 def _text(file: Path) -> str:
+    return read_utf8(file)
+
+
+_OTHER_KINDS = {
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+    b"PAR1": "Parquet: name it .parquet, or use data=hf",
+}
+
+
+def read_utf8(file: Path) -> str:
+    """A file's text; raises DataError when it is not UTF-8, with the line."""
+    content = file.read_bytes()
+    for start, kind in _OTHER_KINDS.items():
+        if content.startswith(start):
+            raise DataError(f"{file} is {kind}.")
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}).") from error
+        number = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file}, line {number}: not UTF-8 text (byte {error.start}). Convert it: save it as UTF-8."
+        ) from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Line]]] = {

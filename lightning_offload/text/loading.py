@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 
 from lightning_offload.errors import OffloadError
-
-log = logging.getLogger(__name__)
+from lightning_offload.text.pretrained import has_tokenizer, load_pretrained, reason
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _WAY_OUT = (
@@ -54,7 +52,7 @@ def build_network(
         raise ValueError(f"Give either path or config, not {'both' if path else 'neither'}. {_WAY_OUT}")
     if init not in ("pretrained", "random"):
         raise ValueError(f"init={init!r}: the choice is 'pretrained' or 'random'.")
-    kind = getattr(torch, dtype, None)
+    kind = getattr(torch, str(dtype), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype={dtype!r} is no floating-point dtype: use 'float32', 'bfloat16' or 'float16'.")
     make = getattr(transformers, auto)
@@ -62,9 +60,9 @@ def build_network(
         check_folder(path)
         try:
             # loaded models come in eval mode, which Lightning keeps: no dropout, no gradient checkpointing
-            return make.from_pretrained(path, dtype=kind, trust_remote_code=False, **(extra or {})).train()
-        except (OSError, ValueError) as error:
-            raise OffloadError(f"Cannot load a {_KINDS[auto]} from path={path!r}: {error} {_WAY_OUT}") from error
+            return load_pretrained(make, path, _KINDS[auto], dtype=kind, **(extra or {})).train()
+        except OffloadError as error:
+            raise OffloadError(f"{error} {_WAY_OUT}") from error
     return make.from_config(shape(path, config, extra), dtype=kind, trust_remote_code=False)
 
 
@@ -73,12 +71,16 @@ def shape(path: str | None, config: dict[str, Any] | None, extra: Mapping[str, A
 
     Raises:
         ValueError: A shape without an architecture, or one that the architecture cannot have.
+        OffloadError: `path` holds no model.
     """
     from transformers import AutoConfig
 
     if path is not None:
         check_folder(path)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, **(extra or {}))
+        try:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, **(extra or {}))
+        except (OSError, ValueError) as error:
+            raise OffloadError(f"Cannot load a model's config from path={path!r}: {error} {_WAY_OUT}") from error
     assert config is not None
     if "model_type" not in config:
         raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")
@@ -136,8 +138,10 @@ def load_tokenizer(tokenizer_path: str | None, path: str | None) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if tokenizer_path is not None:
-            raise OffloadError(f"Cannot load a tokenizer from tokenizer_path={tokenizer_path!r}: {error}") from error
-        log.warning("No tokenizer at path=%r: text data needs tokenizer_path=<folder or hub id>.", path)
-        return None
+    except Exception as error:  # of tokenizers too, which has classes of its own
+        if tokenizer_path is not None or has_tokenizer(place):
+            where = f"tokenizer_path={place!r}" if tokenizer_path else f"path={place!r}"
+            raise OffloadError(
+                f"Cannot load a tokenizer from {where}: {reason(error)} Pass model.tokenizer_path=<folder or hub id>."
+            ) from error
+        return None  # data that needs one says so

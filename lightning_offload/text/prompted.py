@@ -127,7 +127,7 @@ class Prompted(TextData):
         )
 
     def _prompt(self, line: Line) -> str:
-        texts = {field: self.field_text(field, line.text(field).strip()) for field in self.fields}
+        texts = {field: self.field_text(field, line.words(field).strip()) for field in self.fields}
         return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), self.prompt)
 
     def field_text(self, field: str, text: str) -> str:

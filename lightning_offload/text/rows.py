@@ -71,8 +71,10 @@ class Rows(TextData):
             return self._conversation(line, row[self.messages_field])
         if self.prompt_field in row and self.completion_field in row:
             prompt = [*self.start, *self._ids(line, self.prompt_field)]
+            line.words(self.completion_field)
             return answered(prompt, [*self._ids(line, self.completion_field), self.end])
         if self.text_field in row:
+            line.words(self.text_field)
             return answered([], [*self.start, *self._ids(line, self.text_field), self.end])
         raise line.error(
             f"has the fields {sorted(row)}; needs {self.prompt_field!r} and {self.completion_field!r},"
@@ -89,11 +91,17 @@ class Rows(TextData):
                 "has messages, but the tokenizer has no chat template: use prompt and completion, or another model."
             )
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-            raise line.error(f"{self.messages_field!r} is not a list of {{'role': ..., 'content': ...}}.")
+            raise line.error(
+                f"{self.messages_field!r} is not a list of {{'role': ..., 'content': ...}} with text: mend it."
+            )
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            raise line.error("has no message of the assistant: there is nothing to learn.")
-        ids = self._render(messages)
+            raise line.error("has no message of the assistant: there is nothing to learn. Leave it out.")
+        try:
+            ids = self._render(messages)
+        except Exception as error:  # of the template's own, or of its language
+            reason = " ".join(str(error).split())
+            raise line.error(f"the tokenizer's chat template cannot render it ({reason}): change the line.") from error
         labels = [IGNORED] * len(ids)
         for turn in turns:
             before = self._render(messages[:turn], add_generation_prompt=True)

@@ -15,6 +15,7 @@ from lightning_offload.errors import DataError
 from lightning_offload.text.batches import Example, Packed, pack, spread
 from lightning_offload.text.corpus import Domain, Split, load_corpus
 from lightning_offload.text.data import TextData
+from lightning_offload.text.lines import read_utf8
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 
@@ -123,12 +124,7 @@ def find_files(path: str) -> Sequence[Path]:
 
 def read_text(file: Path) -> str:
     """A file's text; raises DataError when it is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not UTF-8 text (byte {error.start}). Convert it, or leave it out of data.path."
-        ) from error
+    return read_utf8(file)
 
 
 def check_fraction(val_fraction: float) -> None:
