@@ -62,7 +62,7 @@ def export_to_hf(
             which no stock architecture has; or the disk is full.
     """
     if not max_shard_gib > 0:
-        raise ValueError(f"`max_shard_gib` must be above 0; got max_shard_gib={max_shard_gib}")
+        raise ValueError(f"max_shard_gib={max_shard_gib}: `max_shard_gib` must be above 0")
     module.state_dict()  # before which an engine waits for all that is on its way
     target, network = Path(path), stock_model(module)
     _refuse_adapters(module, merge_lora=merge_lora)
