@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from lightning_offload import runs
 from tests import test_cli
 
-inputs, given, workplace = test_cli.inputs, test_cli.given, test_cli.workplace
-run, refused = test_cli.run, test_cli.refused
+pytestmark = pytest.mark.usefixtures("workplace")
 
 QUICK = ["trace=false", "plan=false"]
 OF_METHOD = {name: [*settings, *QUICK] for name, settings in test_cli.OF_METHOD.items()}
