@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from lightning_offload import runs
 from tests import test_cli
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
 QUICK = ["trace=false", "plan=false"]
 OF_METHOD = {name: [*settings, *QUICK] for name, settings in test_cli.OF_METHOD.items()}
 LORA = {
