@@ -166,7 +166,7 @@ DATA = [
     jsonl("only blank lines", b"\n\n  \n", "my.jsonl is empty"),
     jsonl("binary file", bytes(range(256)) * 4, "my.jsonl", "UTF-8"),
     jsonl("UTF-16", GOOD.decode().encode("utf-16"), "my.jsonl is UTF-16", "UTF-8"),
-    jsonl("latin-1", GOOD + '{"text": "caf\xe9"}\n'.encode("latin-1"), "my.jsonl, line 13", "UTF-8"),
+    jsonl("latin-1", GOOD + '{"text": "caf\xe9"}\n'.encode("latin-1"), "my.jsonl", "line 13", "UTF-8"),
     jsonl("gzip", gzip.compress(GOOD), "my.jsonl is compressed by gzip", "unpack"),
     jsonl("cut off in a line", GOOD[:-20], "my.jsonl, line 12: not valid JSON", "one JSON object a line"),
     jsonl(
@@ -222,7 +222,7 @@ DATA = [
     jsonl("no chat template", chat(TALK), "my.jsonl, line 1", "chat template"),
     jsonl("no message list", chat("hello"), "my.jsonl, line 1", "chat template"),
     jsonl("all too long", rows(4, prompt="def add " * 30), "my.jsonl", "Raise data.sequence_length"),
-    jsonl("one row, nothing to hold out", rows(1), "my.jsonl: nothing to validate", "Give more"),
+    jsonl("one row, nothing to hold out", rows(1), "nothing to validate with in 'my.jsonl'", "Give more"),
     jsonl("val_fraction of nothing", GOOD, "val_fraction=0", more="data.val_fraction=0"),
     jsonl("val_fraction of all", GOOD, "val_fraction=1", more="data.val_fraction=1"),
     Case(

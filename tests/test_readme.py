@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from lightning_offload.conf import schema
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from lightning_offload.cli.main import _of_run
 from tests.readme import PAGES, README
 
 MARK = re.compile(r"<!--\s*test:\s*run(?:\s+timeout=(?P<timeout>\d+))?\s*-->$")
@@ -154,3 +162,81 @@ def test_every_mark_marks_a_block(page: Path) -> None:
 
 def test_the_front_page_has_some() -> None:
     assert marked_blocks(README.read_text())
+
+
+# Every other command is composed: a misspelt key or option in these pages is an error here
+
+
+NAMES = "train|plan|evaluate|export|bench|doctor|compare"
+COMMAND = re.compile(rf"(?<!\S)(?:\S*/)?lightning-offload (?P<text>(?:{NAMES})(?![\w-])[^\n|;&#]*)")
+SHORT = re.compile(rf"(?P<text>(?:{NAMES}) \S*=.*)")
+GROUPS = [folder.name for folder in Path(schema.__file__).parent.iterdir() if folder.is_dir()]
+PLACEHOLDER = re.compile(r"<[^<>\s]*>")
+
+
+def commands(text: str) -> list[str]:
+    """What stands behind `lightning-offload` in blocks of bash and in inline code, where it may be left out."""
+    fences = re.compile(r"^[ \t]*```+(\w*)\n(.*?)^[ \t]*```+[ \t]*$", flags=re.MULTILINE | re.DOTALL)
+    blocks = "\n".join(found[2].replace("\\\n", " ") for found in fences.finditer(text) if found[1] == "bash")
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", fences.sub("", text))]
+    of_spans = [found for span in spans if (found := COMMAND.match(span) or SHORT.fullmatch(span))]
+    return [found["text"].strip() for found in [*COMMAND.finditer(blocks), *of_spans]]
+
+
+def overrides(command: str) -> tuple[str, list[str]]:
+    """A command's name and settings; of a sweep the first value of each, what `...` and `<...>` stand for as some."""
+    name, *words = shlex.split(PLACEHOLDER.sub("some", command))
+    left_open = {f"{group}=some" for group in GROUPS}
+    words = [word for word in words if "=" in word and not word.endswith("=...") and word not in left_open]
+    parsed = OverridesParser.create().parse_overrides(words)
+    firsts = [
+        f"{one.get_key_element()}={next(iter(one.sweep_string_iterator()))}" if one.is_sweep_override() else word
+        for one, word in zip(parsed, words, strict=True)
+    ]
+    return name, _of_run(firsts) if name == "evaluate" else firsts
+
+
+def composed(command: str) -> DictConfig:
+    name, words = overrides(command)
+    schema.register()
+    with initialize_config_module("lightning_offload.conf", version_base="1.3"):
+        return compose(name, words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_composes(page: Path) -> None:
+    for command in dict.fromkeys(commands(page.read_text())):
+        if "--config-dir" in command:  # with files of one's own
+            continue
+        try:
+            composed(command)
+        except (HydraException, OmegaConfBaseException) as error:
+            pytest.fail(f"{page.name}: `lightning-offload {command}`: {error}")
+
+
+def test_the_pages_are_full_of_commands() -> None:
+    assert sum(len(commands(page.read_text())) for page in PAGES) > 30
+
+
+MISSPELT = """
+| `train dta=facts` | in a table |
+`lightning-offload evaluate ckpt_path=runs/<name>
+splitt=test` over two lines
+
+```bash
+python -m venv .venv && .venv/bin/lightning-offload train trainer.max_stepps=3 && echo
+lightning-offload train -m methood=full,lsp \\
+  lr=1e-3
+lightning-offload export ckpt=runs/<name>  # after all
+```
+
+and `lightning-offload bench 'sections=[rates]' zeroth.forwardss=1`, not `train` or `plan()` alone
+"""
+
+
+def test_a_misspelt_command_is_seen() -> None:
+    found = commands(MISSPELT)
+    assert len(found) == 6
+    for command in found:
+        with pytest.raises((HydraException, OmegaConfBaseException)):
+            composed(command)

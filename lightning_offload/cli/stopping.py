@@ -37,13 +37,9 @@ class Stopping(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size == 1:  # ranks would stop at different steps
+            self._listen()
         self.begins()
-        if trainer.world_size > 1:  # ranks would stop at different steps
-            return
-        with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, self._stop)
-            if "SLURM_JOB_ID" not in os.environ:  # where Lightning knows better
-                signal.signal(signal.SIGTERM, self._stop)  # it puts back what was there when fit ends
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -56,6 +52,12 @@ class Stopping(Callback):
         if self.received and ((batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch):
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning would validate first
+
+    def _listen(self) -> None:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, self._stop)
+            if "SLURM_JOB_ID" not in os.environ:  # where Lightning knows better
+                signal.signal(signal.SIGTERM, self._stop)  # it puts back what was there when fit ends
 
     def _stop(self, number: int, frame: Any) -> None:
         if self.received:

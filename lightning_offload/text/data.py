@@ -90,9 +90,10 @@ class TextData(L.LightningDataModule):
         sets = self.read()
         for name, examples in zip(("train on", "validate with", "test with"), sets, strict=False):
             if not len(examples):  # type: ignore[arg-type]
-                source = getattr(self, "path", None) or type(self).__name__
+                path = getattr(self, "path", None)
+                source = f" in {path!r}" if path else ""
                 raise DataError(
-                    f"{source}: nothing to {name}. Give more text, or a smaller"
+                    f"{type(self).__name__}: nothing to {name}{source}. Give more text, or a smaller"
                     f" data.sequence_length (now {self.sequence_length})."
                 )
         self._sets = sets
@@ -100,8 +101,8 @@ class TextData(L.LightningDataModule):
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise ValueError(
-                f"{type(self).__name__} has no tokenizer: give the model a tokenizer_path (model.tokenizer_path=<folder"
-                " or hub id>); in Python set data.tokenizer = model.tokenizer before the Trainer starts."
+                f"{type(self).__name__} has no tokenizer: set data.tokenizer = model.tokenizer before the Trainer"
+                " starts, or give the model a tokenizer_path (model.tokenizer_path=<folder or hub id>)."
             )
         longest = getattr(self.tokenizer, "model_max_length", None)
         if longest is not None and longest < self.sequence_length:

@@ -157,7 +157,7 @@ class Glue(TextData):
         return [{**inputs, "labels": label} for inputs, label in zip(encoded, labels, strict=True)]
 
     def _texts(self, line: Line) -> list[str]:
-        texts = [line.words(field).strip() for field in self.fields]
+        texts = [line.text(field).strip() for field in self.fields]
         if not any(texts):
             raise line.error(f"{' and '.join(map(repr, self.fields))}: no text.")
         return texts

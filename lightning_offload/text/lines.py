@@ -163,7 +163,7 @@ def read_utf8(file: Path) -> str:
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}, line {number}: not UTF-8 text (byte {error.start}). Convert it: save it as UTF-8."
+            f"{file}: not UTF-8 text (byte {error.start}) in line {number}. Convert it: save it as UTF-8."
         ) from error
 
 

@@ -60,7 +60,9 @@ def build_network(
         check_folder(path)
         try:
             # loaded models come in eval mode, which Lightning keeps: no dropout, no gradient checkpointing
-            return load_pretrained(make, path, _KINDS[auto], dtype=kind, **(extra or {})).train()
+            return load_pretrained(
+                make, path, _KINDS[auto], new_head=auto != CAUSAL, dtype=kind, **(extra or {})
+            ).train()
         except OffloadError as error:
             raise OffloadError(f"{error} {_WAY_OUT}") from error
     return make.from_config(shape(path, config, extra), dtype=kind, trust_remote_code=False)

@@ -18,14 +18,15 @@ _LONGEST = 240
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def load_pretrained(auto: Any, path: str, what: str, **options: Any) -> Any:
+def load_pretrained(auto: Any, path: str, what: str, *, new_head: bool = False, **options: Any) -> Any:
     """A model by one of transformers' ``Auto`` classes, with every weight that it trains from the files.
 
     Args:
         auto: the class.
         path: folder or hub id.
         what: kind of model, in words.
-        options: for ``from_pretrained``. With ``num_labels`` the head that is to be trained for them may be new.
+        new_head: whether the files may lack what is no part of the base model, and have another head.
+        options: for ``from_pretrained``.
 
     Raises:
         OffloadError: when there is no such model, it is damaged or quantized, or its files lack weights.
@@ -41,7 +42,7 @@ def load_pretrained(auto: Any, path: str, what: str, **options: Any) -> Any:
     except Exception as error:  # of transformers, safetensors, huggingface_hub, tokenizers: classes of their own
         here = "" if Path(path).exists() else ", which is no folder here"
         raise OffloadError(f"Cannot load a {what} from path={path!r}{here}: {reason(error)}") from error
-    _refuse_incomplete(network, path, found, new_head="num_labels" in options)
+    _refuse_incomplete(network, path, found, new_head=new_head)
     return network
 
 
@@ -90,8 +91,7 @@ def _refuse_quantized(path: str) -> None:
 
 
 def _refuse_incomplete(network: Any, path: str, found: dict[str, Any], *, new_head: bool) -> None:
-    body = f"{network.base_model_prefix}."
-    trained = {name: tuple(p.shape) for name, p in network.named_parameters() if not new_head or name.startswith(body)}
+    trained = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     other = [(name, held) for name, held, _ in sorted(found["mismatched_keys"]) if name in trained]
     if other:
         name, held = other[0]
@@ -99,13 +99,14 @@ def _refuse_incomplete(network: Any, path: str, found: dict[str, Any], *, new_he
             f"The config.json at path={path!r} does not fit the weights: {name} is {tuple(held)} in the files and "
             f"{trained[name]} by the config ({len(other)} do not fit). Take both from one place."
         )
-    missing = sorted(found["missing_keys"] & trained.keys())
+    needed = f"{network.base_model_prefix}." if new_head else ""
+    missing = sorted(name for name in found["missing_keys"] if name in trained and name.startswith(needed))
     if missing:
         raise OffloadError(
             f"The weights at path={path!r} are not those of a {type(network).__name__}: {len(missing)} are missing, "
             f"the first {missing[0]}. Take config.json and *.safetensors from one place."
         )
-    if found["unexpected_keys"]:
+    if found["unexpected_keys"] and not new_head:
         names = sorted(found["unexpected_keys"])
         log.warning("path=%r: %d tensors of the files are not used, the first %s", path, len(names), names[0])
 
