@@ -146,3 +146,18 @@ def test_keys_of_other_constructors_are_taken(refused) -> None:
         "train logger=wandb +logger.wandb.tags=[a] model.init=randon",
     ):
         assert "unexpected" not in refused(*arguments.split())
+
+
+class Service:
+    """Stands for a logger whose service answers with an error of its own class."""
+
+    class Unreachable(Exception):
+        pass
+
+    def __init__(self, **settings: object) -> None:
+        raise self.Unreachable(f"nobody answers for {settings['name']!r}")
+
+
+def test_what_a_service_answers_to_a_logger_is_one_line(refused) -> None:
+    line = refused("train", f"logger.csv._target_={__name__}.Service", "logger.csv.name=me")
+    assert line == "lightning-offload train: logger.csv: nobody answers for 'me'"

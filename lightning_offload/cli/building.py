@@ -6,15 +6,19 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from lightning_offload.cli.users import BAD_VALUES
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.text import CausalLM
@@ -65,7 +69,20 @@ _OF_ONE_DEVICE = [f"lightning_offload.{method}OffloadStrategy" for method in ("F
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
     """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
     barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
-    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
+    with _services(group):
+        return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
+
+
+@contextmanager
+def _services(group: str) -> Iterator[None]:
+    """What a service answers to a logger, in classes of its own, is the user's to mend."""
+    try:
+        yield
+    except InstantiationException as error:
+        if group != "logger" or error.__cause__ is None or isinstance(error.__cause__, BAD_VALUES):
+            raise
+        key = re.search(r"full_key: (\S+)", str(error))
+        raise OffloadError(f"{key[1] if key else group}: {error.__cause__}") from error
 
 
 def build_data(cfg: DictConfig, model: Any) -> Any:
