@@ -18,6 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from lightning_offload.cli.keys import did_you_mean
 from lightning_offload.cli.users import BAD_VALUES
 from lightning_offload.errors import OffloadError
 from lightning_offload.methods.meft import MEFTSettings, attach
@@ -69,8 +70,13 @@ _OF_ONE_DEVICE = [f"lightning_offload.{method}OffloadStrategy" for method in ("F
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
     """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
     barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
+    names = [name for name in cfg[group] or {} if name not in barred]
+    for name in names:
+        if "_target_" not in cfg[group][name]:
+            near = did_you_mean(name, {*names} - {name})
+            raise OffloadError(f"{group}.{name} has no _target_, the class that it is{near}")
     with _services(group):
-        return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
+        return [build(cfg, f"{group}.{name}") for name in names]
 
 
 @contextmanager
