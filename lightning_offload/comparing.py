@@ -138,6 +138,7 @@ def draw_costs(found: Sequence[Outcome], out: Path) -> Path:
         if known
     ]
     figure = new_figure((1.5 + 3.6 * len(panels), 1.3 + _ROW_INCHES * len(found)))
+    figure.get_layout_engine().set(wspace=0.06)
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     every[0].set_yticks(range(len(found)), [one.label for one in found])
     every[0].invert_yaxis()

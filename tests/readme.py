@@ -210,6 +210,16 @@ def _attributes(kind: type) -> dict[str, str]:
     return found
 
 
+def experiment_rows() -> list[str]:
+    """Of each file the command on its first line, and what follows it."""
+    rows = []
+    for file in sorted((README.parent / "conf" / "experiment").glob("*.yaml")):
+        lines = [line.removeprefix("# ") for line in file.read_text().splitlines() if line.startswith("# ")]
+        command, said = lines[1].removeprefix("lightning-offload "), " ".join(lines[2:])
+        rows.append(f"| `{file.stem}` | `{command}`<br>{said} |")
+    return rows
+
+
 def tables() -> dict[str, list[str]]:
     """The rows of every generated table, by its marker."""
     return {
@@ -220,6 +230,7 @@ def tables() -> dict[str, list[str]]:
         "features: generated": feature_rows(FEATURES),
         "refusals: generated": refusal_rows(FEATURES),
         "tree: generated": tree_rows(),
+        "experiments: generated": experiment_rows(),
     }
 
 

@@ -146,3 +146,27 @@ def test_keys_of_other_constructors_are_taken(refused) -> None:
         "train logger=wandb +logger.wandb.tags=[a] model.init=randon",
     ):
         assert "unexpected" not in refused(*arguments.split())
+
+
+class Service:
+    """Stands for a logger whose service answers with an error of its own class."""
+
+    class Unreachable(Exception):
+        pass
+
+    def __init__(self, **settings: object) -> None:
+        raise self.Unreachable(f"nobody answers for {settings['name']!r}")
+
+
+def test_what_a_service_answers_to_a_logger_is_one_line(refused) -> None:
+    line = refused("train", f"logger.csv._target_={__name__}.Service", "logger.csv.name=me")
+    assert line == "lightning-offload train: logger.csv: nobody answers for 'me'"
+
+
+def test_a_plan_needs_no_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment that sets one is planned with callbacks=none."""
+    commands = sys.modules["lightning_offload.cli.main"]._COMMANDS
+    monkeypatch.setitem(commands, "plan", lambda cfg: cfg.callbacks.checkpoint.every_n_train_steps - 4000)
+    given = ["experiment=zo2_sst2", "model.path=a", "data.path=a"]
+    monkeypatch.setattr(sys, "argv", ["lightning-offload", "plan", *given])
+    assert cli.main() == 0

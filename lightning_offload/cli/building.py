@@ -6,18 +6,22 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
 from lightning_offload import runs
+from lightning_offload.cli.keys import did_you_mean
+from lightning_offload.cli.users import BAD_VALUES
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
@@ -68,7 +72,25 @@ def spread(cfg: DictConfig) -> None:
 def build_all(cfg: DictConfig, group: str) -> list[Any]:
     """Make the objects of a group that has several; a bar only where the Trainer is to have one."""
     barred = () if cfg.trainer.get("enable_progress_bar", True) else (PROGRESS,)
-    return [build(cfg, f"{group}.{name}") for name in cfg[group] or {} if name not in barred]
+    names = [name for name in cfg[group] or {} if name not in barred]
+    for name in names:
+        if "_target_" not in cfg[group][name]:
+            near = did_you_mean(name, {*names} - {name})
+            raise OffloadError(f"{group}.{name} has no _target_, the class that it is{near}")
+    with _services(group):
+        return [build(cfg, f"{group}.{name}") for name in names]
+
+
+@contextmanager
+def _services(group: str) -> Iterator[None]:
+    """What a service answers to a logger, in classes of its own, is the user's to mend."""
+    try:
+        yield
+    except InstantiationException as error:
+        if group != "logger" or error.__cause__ is None or isinstance(error.__cause__, BAD_VALUES):
+            raise
+        key = re.search(r"full_key: (\S+)", str(error))
+        raise OffloadError(f"{key[1] if key else group}: {error.__cause__}") from error
 
 
 def build_data(cfg: DictConfig, model: Any) -> Any:

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_offload.errors import OffloadError
 
-_OBJECTS = ("callbacks", "logger")  # each of these is one
 _BESIDE = {"model": ("lightning_offload.text.CausalLM",)}
 """What else may take the keys of a node: of a classifier, settings that only language models have are left out."""
 
@@ -30,8 +29,6 @@ def check_keys(cfg: DictConfig, at: str = "") -> None:
             raise OffloadError(_unknown(cfg, at, key, name, known))
         if not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name):
             node = cfg[name]
-            if at in _OBJECTS and isinstance(node, DictConfig) and "_target_" not in node:
-                raise OffloadError(f"{key} has no _target_, the class that it is{did_you_mean(name, {*cfg} - {name})}")
             if isinstance(node, DictConfig):
                 check_keys(node, key)
 
