@@ -22,7 +22,7 @@ from lightning_offload.lora import has_peft, merged
 from lightning_offload.memory.shards import INDEX
 from lightning_offload.methods.meft import adapters_of
 from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, backbone_names
-from lightning_offload.stock import bare, stock_model
+from lightning_offload.stock import bare, is_wrapped, stock_model
 
 _GIB = 1024**3
 
@@ -56,17 +56,18 @@ def export_to_hf(
 
     Raises:
         TypeError: ``module`` holds no transformers model.
+        ValueError: ``max_shard_gib`` is not above 0.
         FileExistsError: ``path`` holds something that is no exported model.
         OffloadError: What was reloaded differs; both values are in the message. Or there are adapters in the model,
             which no stock architecture has; or the disk is full.
     """
     if not max_shard_gib > 0:
-        raise ValueError(f"max_shard_gib={max_shard_gib}: give a size above 0")
+        raise ValueError(f"max_shard_gib={max_shard_gib}: `max_shard_gib` must be above 0")
     module.state_dict()  # before which an engine waits for all that is on its way
     target, network = Path(path), stock_model(module)
     _refuse_adapters(module, merge_lora=merge_lora)
     change = _changed(merged(network) if merge_lora else _as_it_is, dtype)
-    plain = bare(network) if merge_lora else network
+    plain = bare(network) if merge_lora or is_wrapped(network) else network
     tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
     with written_whole(target, mark="config.json", what="exported model") as staging, _without_progress_bars():
         plain.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB * _narrower(plain, dtype)))

@@ -140,9 +140,9 @@ def _refuse_changed_base(config: Any) -> None:
     start = getattr(config, "init_lora_weights", True)
     if start not in _KEEP_BASE:
         raise OffloadError(
-            f"init_lora_weights={start!r} has changed the weights that the adapters are beside, so they are no "
-            "adapters of the base: call PEFT's own `save_pretrained` with `path_initial_model_for_weight_conversion`, "
-            "or export the model with `export_to_hf(model, folder, merge_lora=True)`"
+            f"init_lora_weights={start!r} has changed the weights that adapters are beside, so they are none of the "
+            "base's: call PEFT's own `save_pretrained` with `path_initial_model_for_weight_conversion`, or export "
+            "the model with `export_to_hf(model, folder, merge_lora=True)`"
         )
 
 

@@ -47,6 +47,11 @@ def stock_parts(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def is_wrapped(network: nn.Module) -> bool:
+    """Whether parts of it were compiled in their place, which shows in the names of weights."""
+    return any(_COMPILED in name for name, _ in network.named_modules())
+
+
 def bare(network: Any) -> Any:
     """A model of the same class and shape that shares all weights but those of adapters; all of them frozen."""
     with torch.device("meta"):

@@ -206,6 +206,14 @@ def test_any_model_of_transformers(kind: str, dtype: torch.dtype | None, tmp_pat
         export_to_hf(nn.ModuleList([model, build()]), tmp_path / "two")
 
 
+def test_compiled_parts_keep_their_names(tmp_path: Path) -> None:
+    model, plain = build("llama-tied"), build("llama-tied")
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    other = export_to_hf(torch.compile(plain, backend="eager"), tmp_path / "whole")
+    assert stored(export_to_hf(model, tmp_path / "hf")).keys() == stored(other).keys()
+    assert export_to_hf(AutoModelForCausalLM.from_pretrained(other), tmp_path / "again")
+
+
 def anonymous_bytes() -> int:
     """Of this process; what is mapped from files is none."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

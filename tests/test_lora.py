@@ -118,6 +118,32 @@ def test_a_run_is_continued_exactly(method: str, base: Path, tmp_path: Path) -> 
     assert all(torch.equal(p, start[n.replace(".base_layer", "")]) for n, p in frozen.items())
 
 
+class Save(L.Callback):
+    """Both kinds of folder after the third step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            save_peft_adapter(module, self.folder / "adapter")
+            export_to_hf(module, self.folder / "hf", merge_lora=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folder_written_during_fit_has_every_update(method: str, base: Path, tmp_path: Path) -> None:
+    model, plain, shorter = (module(base, method) for _ in range(3))
+    fit(model, method, callbacks=[Save(tmp_path)])
+    fit(plain, method)
+    fit(shorter, method, steps=3)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
+    own = {name.replace(".default", ""): value for name, value in shorter.network.named_parameters()}
+    stored = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert all(torch.equal(value, own[name.removeprefix("base_model.model.")]) for name, value in stored.items())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(logits(merged), logits(shorter.network))
+
+
 class Own(L.LightningModule):
     """A user's, who calls PEFT."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_offload import runs
 from lightning_offload.cli.comparing import after_sweep, compare
+from lightning_offload.cli.keys import check_keys, did_you_mean
 from lightning_offload.cli.machine import bench, doctor
 from lightning_offload.cli.options import options
 from lightning_offload.cli.planning import plan
@@ -74,7 +74,8 @@ def main() -> int:
         return 0
     with one_line_for_users(command):
         if command not in _COMMANDS:
-            raise OffloadError(f"no command {command!r}; there are {', '.join(_COMMANDS)}")
+            near = did_you_mean(command, _COMMANDS)
+            raise OffloadError(f"no command {command!r}; there are {', '.join(_COMMANDS)}{near}")
         _check_flags(arguments)
         return _run_hydra(command, _of_run(arguments) if command == "evaluate" else arguments)
 
@@ -117,7 +118,7 @@ def _run_hydra(command: str, arguments: list[str]) -> int:
         # an exception that leaves this function makes Hydra print a line of its own
         with _process_state(*seen_by_all), _next_job(of_sweep) as failed, one_line_for_users(job):
             try:
-                _check_top_level(cfg)
+                check_keys(cfg)
                 code = max(code, _COMMANDS[command](cfg))
             except BaseException:
                 runs.remove_if_empty(folder, cfg.get("runs_dir"))
@@ -198,11 +199,3 @@ def _check_flags(arguments: list[str]) -> None:
 
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(arguments)
-
-
-def _check_top_level(cfg: DictConfig) -> None:
-    """Refuse what ``+key=value`` added beside the schema: nothing would read it."""
-    known = {field.name for field in dataclasses.fields(OmegaConf.get_type(cfg))}  # type: ignore[arg-type]
-    unknown = sorted(map(str, cfg.keys() - known))
-    if unknown:
-        raise OffloadError(f"no key {unknown[0]!r}; there are {', '.join(sorted(known))}")

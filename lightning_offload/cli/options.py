@@ -21,7 +21,7 @@ def options(*groups: str) -> str:
 
 
 def folded(names: list[str]) -> list[str]:
-    """Families of three and more by what they share, ``lsp_glue_{cola,mnli,rte}``; a family has two words at least."""
+    """Families of three and more by what they share, as ``lsp_glue_{cola,mnli,rte}``: two words at least."""
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(name.rpartition("_")[0], []).append(name)

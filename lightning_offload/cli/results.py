@@ -133,6 +133,7 @@ def _loaded(cfg: DictConfig) -> tuple[Any, Path, Path]:
 
 def _beside_base(stored: Any, checkpoint: Path) -> Any:
     """Of a checkpoint of adapters alone: the other weights are those that the run began with."""
+    _load_narrow(stored, "bfloat16" if stored.precision.precision == "bf16-true" else None)
     model = build(stored, "model")
     put_adapters(stored, model)
     load_weights(model, checkpoint)
@@ -152,13 +153,29 @@ def _replayed(cfg: DictConfig) -> tuple[Any, Path, Path]:
     """The model of a log, the log, and the folder that it is in; ``base``, or what the run's configuration builds."""
     log = Path(cfg.log)
     entries = load_log(log)  # before the model, which may take minutes
+    narrow = _narrow(entries[0])
     if cfg.base:
         _refuse_drawn(entries[0], log)
-        return replay(CausalLM(path=cfg.base), entries), log, log.parent
+        return replay(CausalLM(path=cfg.base, dtype=narrow or "float32"), entries), log, log.parent
     folder = runs.folder_of(log)
     stored = stored_config(folder)
+    _load_narrow(stored, narrow)
     L.seed_everything(stored.seed, verbose=False)  # where the run began with random weights
     return replay(build(stored, "model"), entries), log, folder
+
+
+def _narrow(header: Header) -> str | None:
+    """The 16-bit dtype in which a run kept its weights, where it is one for all."""
+    kinds = {name.removeprefix("torch.") for name in header.stored.values()}
+    return next(iter(kinds)) if len(kinds) == 1 and kinds <= {"bfloat16", "float16"} else None
+
+
+def _load_narrow(stored: Any, narrow: str | None) -> None:
+    """Have weights load as training rounded them: files in that dtype are mapped. What is drawn is rounded later."""
+    model = stored.model
+    drawn = model.get("init") != "pretrained" or (model.get("lora") or {}).get("rank") is not None
+    if narrow and not drawn and model.get("dtype") == "float32":
+        model.dtype = narrow
 
 
 def _refuse_drawn(header: Header, log: Path) -> None:

@@ -17,14 +17,27 @@ from lightning_offload import runs
 from lightning_offload.behaviour import OffloadBehaviour
 from lightning_offload.callbacks import OffloadStats
 from lightning_offload.cli.adapting import how_to_load, is_adapted, save_adapter
-from lightning_offload.cli.building import build, build_all, build_data, fit_to_data, put_adapters, shown, spread
+from lightning_offload.cli.building import (
+    build,
+    build_all,
+    build_data,
+    fit_to_data,
+    put_adapters,
+    settings_of,
+    shown,
+    spread,
+)
 from lightning_offload.cli.checks import check_rates, check_trainer, seed_everything
 from lightning_offload.cli.planning import plan_of_run
 from lightning_offload.cli.stopping import Stopping, left_in_order
 from lightning_offload.cli.users import BAD_VALUES, said_by_rank_zero, user_errors
 from lightning_offload.errors import OffloadError
 from lightning_offload.export import check_weights, export_to_hf
+from lightning_offload.lora import has_peft
+from lightning_offload.memory.blocks import partition
 from lightning_offload.memory.budget import cap_device
+from lightning_offload.methods.lsp import LSP, LSPSettings
+from lightning_offload.methods.meft import MEFTSettings, refuse_other_adapters
 from lightning_offload.planning import Plan
 from lightning_offload.plots import metrics_files, plot_losses
 from lightning_offload.tracing import PICTURE_FILE, OffloadTimeline
@@ -122,6 +135,17 @@ def _check_trainable(cfg: DictConfig, model: Any, optimizer: Callable[[list[Any]
         raise OffloadError("this scheduler needs trainer.max_steps=<number>; scheduler=linear also counts epochs")
     if cfg.method.name == "none":
         _check_plain(cfg)
+    settings = settings_of(cfg)
+    if isinstance(settings, MEFTSettings):
+        refuse_other_adapters(model)
+    if isinstance(settings, LSPSettings) and settings.dim != "auto" and has_peft(model):
+        _check_projected(model, settings)
+
+
+def _check_projected(model: Any, settings: LSPSettings) -> None:
+    """Refuse LoRA of too few ranks for projectors; `train` would find out late, and `lsp` is its default."""
+    if any(p.requires_grad and p.numel() >= settings.min_numel for p in model.parameters()):
+        LSP(settings).claim(model, partition(model, settings.blocks))
 
 
 def _check_plain(cfg: DictConfig) -> None:

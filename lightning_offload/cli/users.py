@@ -8,8 +8,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import fields, is_dataclass
 
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
@@ -21,6 +22,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from lightning_offload.cli.keys import did_you_mean
 from lightning_offload.errors import OffloadError
 from lightning_offload.writing import is_of_disk, said
 
@@ -87,9 +89,30 @@ def _is_of_user(error: BaseException) -> bool:
     return known or is_of_disk(error)
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What Hydra wraps; an error of a configuration file is only in its context."""
+    if not isinstance(error, HydraException):
+        return error
+    context = error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else None
+    return error.__cause__ or context or error
+
+
+def _siblings(cause: OmegaConfBaseException) -> list[str]:
+    """The keys among which one was looked for."""
+    if isinstance(cause.parent_node, DictConfig):
+        return sorted(map(str, cause.parent_node))
+    return sorted(field.name for field in fields(cause.object_type)) if is_dataclass(cause.object_type) else []
+
+
+def _place(error: BaseException, cause: BaseException) -> str:
+    """``In 'experiment/mine': ``, where a file is to blame."""
+    found = re.match(r"In '[^']+/[^']+': ", str(error)) if error is not cause else None
+    return found[0] if found else ""
+
+
 def _one_line(error: BaseException) -> str:
     """Say what Hydra says over many lines; our own messages are one line already."""
-    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    cause = _cause(error)
     if isinstance(error, InterpolationResolutionError) and isinstance(error.__cause__, OSError):
         cause = error = error.__cause__
     if isinstance(error, InstantiationException) and cause is not error:
@@ -97,8 +120,14 @@ def _one_line(error: BaseException) -> str:
         text = f"{key[1] + ': ' if key else ''}{_one_line(cause)}"
     elif isinstance(cause, MissingMandatoryValue):
         text = f"{cause.full_key} has no value; give {cause.full_key}=<value>"
-    elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
-        text = f"no key or group {cause.full_key!r}; there are {', '.join(sorted(map(str, cause.parent_node)))}"
+    elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and _siblings(cause):
+        known = _siblings(cause)
+        hint = did_you_mean(str(cause.key), known)
+        text = f"{_place(error, cause)}no key or group {cause.full_key!r}{hint}; there are {', '.join(known)}"
+    elif isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        text = f"Could not find {error.missing_cfg_file!r}{did_you_mean(option, error.options)}; "
+        text += f"{group} has {', '.join(error.options)}"
     elif isinstance(error, OverrideParseException):
         text = (
             f"cannot read {error.override!r}; settings are key=value, with special characters as in 'key=\"(value)\"'"

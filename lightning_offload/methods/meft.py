@@ -284,15 +284,24 @@ def attach(module: nn.Module, settings: MEFTSettings, *, dtype: torch.dtype = to
     Raises:
         ValueError: See ``attach_parameters``; or ``module`` has adapters of PEFT, which would be frozen.
     """
+    refuse_other_adapters(module)
+    asked, before = settings.of_adapters(), adapters_of(module)
+    if before and settings.seed is None:
+        asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now
+    return attach_parameters(module, dtype=dtype, **asked)
+
+
+def refuse_other_adapters(module: nn.Module) -> None:
+    """Of PEFT, which would be frozen beside those of ``meft``.
+
+    Raises:
+        ValueError: There are some.
+    """
     if any(type(part).__module__.startswith("peft.") for part in module.modules()):
         raise ValueError(
             f"this {type(module).__name__} has adapters of PEFT (LoRA), and `meft` would freeze them beside its own: "
             "train them by `full_offload`, or give the model without them"
         )
-    asked, before = settings.of_adapters(), adapters_of(module)
-    if before and settings.seed is None:
-        asked["seed"] = before[0].settings.seed  # made in an earlier run: torch's seed may be another by now
-    return attach_parameters(module, dtype=dtype, **asked)
 
 
 def join(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[str]:

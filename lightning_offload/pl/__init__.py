@@ -36,6 +36,7 @@ FACING = frozenset(
         "mixins",
         "own_method",
         "precision",
+        "progress",
         "ranks",
         "registry",
         "resting",

@@ -115,6 +115,22 @@ class TextData(L.LightningDataModule):
         """What of an answer has to be right."""
         return text.strip()
 
+    def check_answers(self) -> None:
+        """Find out, before anything runs, whether every held-out answer has something that has to be right.
+
+        Raises:
+            DataError: for one that has nothing, as what counts in it was cut.
+        """
+        for name, examples in (("validation", self._set(1)), ("test", self._set(-1))):
+            for index in range(len(examples)):  # type: ignore[arg-type]
+                labels = examples[index]["labels"]
+                answer = self.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True)
+                if not self.final_answer(answer):
+                    raise DataError(
+                        f"Nothing counts in the answer {answer[-80:]!r} of the {name}: if it is cut, raise"
+                        f" data.sequence_length (now {self.sequence_length})."
+                    )
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added."""
         if not texts:

@@ -73,12 +73,16 @@ def shape(path: str | None, config: dict[str, Any] | None, extra: Mapping[str, A
 
     Raises:
         ValueError: A shape without an architecture, or one that the architecture cannot have.
+        OffloadError: `path` holds no model.
     """
     from transformers import AutoConfig
 
     if path is not None:
         check_folder(path)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, **(extra or {}))
+        try:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, **(extra or {}))
+        except (OSError, ValueError) as error:
+            raise OffloadError(f"Cannot load a model's config from path={path!r}: {error} {_WAY_OUT}") from error
     assert config is not None
     if "model_type" not in config:
         raise ValueError("config has no model_type: name the architecture, e.g. {'model_type': 'llama', ...}.")

@@ -61,8 +61,11 @@ class CausalLM(TextModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if getattr(getattr(self._trainer, "datamodule", None), "packing", False):
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if getattr(data, "packing", False):
             check_packing(self.network)
+        if self.match_answers and hasattr(data, "check_answers"):
+            data.check_answers()
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -65,9 +65,8 @@ class Prompted(TextData):
             if prompt.count(f"{{{field}}}") != 1:
                 raise ValueError(f"prompt={prompt!r}: say where the text goes with one {{{field}}}.")
         if len(set(label_words)) != 2 or len(label_words) != 2:
-            raise ValueError(
-                f"label_words={list(label_words)}: give two different ones, for {' and '.join(self.meaning)}."
-            )
+            meant = " and ".join(self.meaning)
+            raise ValueError(f"label_words={list(label_words)}: give two different ones, for {meant}.")
         self.path = path
         self.limits = train_examples, val_examples, test_examples
         self.prompt = prompt

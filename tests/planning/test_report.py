@@ -151,6 +151,7 @@ def test_the_brief_one_keeps_the_verdict_only() -> None:
     plan = made(notes=("something unusual",))
     brief, whole = report(plan, brief=True), report(plan)
     assert whole.startswith(brief)
+    assert plan.brief() == brief
     assert "something unusual" in whole
     assert "something unusual" not in brief
     assert "activations" not in brief

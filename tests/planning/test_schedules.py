@@ -14,6 +14,7 @@ from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.settings import GradientSettings
 from lightning_offload.planning.scenario import Dry, Scenario
 from lightning_offload.planning.schedules import draw_schedules, schedules
+from lightning_offload.words import seconds
 from tests.methods.test_dryrun import wide
 from tests.planning.machines import gpu
 
@@ -30,6 +31,17 @@ def test_layer_by_layer_is_faster_with_the_same_bytes(method: str, settings: Gra
     assert 0 < late.lanes["d2h"].bytes - early.lanes["d2h"].bytes <= 4 * (3 + len(list(module.parameters())))
     with Image.open(draw_schedules(plans, tmp_path / "schedules.png")) as picture:
         assert picture.width > picture.height / 2
+
+
+def test_a_picture_of_two_methods_is_titled_by_what_they_share(tmp_path: Path) -> None:
+    module, batch = wide(2)
+    full, lsp = (
+        Dry(Scenario(module, batch, gpu(), method=name, precision="bf16-true")).plan() for name in ("full", "lsp")
+    )
+    drawn = draw_schedules({"first": full, "second": lsp}, tmp_path / "methods.svg").read_text()
+    assert f"{full.model}, bf16-true, {full.hardware}: planned" in drawn
+    assert f"first, {seconds(full.step_s)}" in drawn
+    assert f"second, {seconds(lsp.step_s)}" in drawn
 
 
 def test_lsp_is_as_fast_as_its_bound_layer_by_layer_clipped_and_not() -> None:
