@@ -171,7 +171,7 @@ NAMES = "train|plan|evaluate|export|bench|doctor|compare"
 COMMAND = re.compile(rf"(?<!\S)(?:\S*/)?lightning-offload (?P<text>(?:{NAMES})(?![\w-])[^\n|;&#]*)")
 SHORT = re.compile(rf"(?P<text>(?:{NAMES}) \S*=.*)")
 GROUPS = [folder.name for folder in Path(schema.__file__).parent.iterdir() if folder.is_dir()]
-PLACEHOLDER = re.compile(r"<[^<>=]*>")
+PLACEHOLDER = re.compile(r"<[^<>\n]*>")
 
 
 def commands(text: str) -> list[str]:
