@@ -46,7 +46,12 @@ lightning-offload: fine-tune language models that do not fit on the GPU
 
 `lightning-offload <command> --help` lists what a command takes. HYDRA_FULL_ERROR=1 shows where an error came from.\
 """
-_NOT_FOR_USERS = (r".*LeafSpec.*", r".*does not have many workers.*", r".*number of training batches.*")
+_NOT_FOR_USERS = (
+    r".*LeafSpec.*",
+    r".*does not have many workers.*",
+    r".*number of training batches.*",
+    r".*save all targets and predictions.*",
+)
 
 
 def main() -> int:
