@@ -57,6 +57,7 @@ _NOT_FOR_USERS = (
     r".*is_gradient_checkpointing.*",
     r".*does not have many workers.*",
     r".*number of training batches.*",
+    r".*save all targets and predictions.*",
 )
 
 _NO_NEWS = ("litlogger", "PU available: ", "Loading `train_dataloader`", "Detected KeyboardInterrupt")

@@ -91,8 +91,10 @@ def _batch(cfg: DictConfig, model: Any) -> Any:
         from lightning_offload.text import batch_by_shape
 
         words = cfg.data.get("label_words")
-        labels = getattr(model, "num_labels", None)
-        return batch_by_shape(size, length, 1, choices=len(words) if words else None, num_labels=labels)
+        labels, packing = getattr(model, "num_labels", None), cfg.data.get("packing", False)
+        return batch_by_shape(
+            size, length, 1, choices=len(words) if words else None, num_labels=labels, packing=packing
+        )
     data = build_data(cfg, model)
     data.setup("fit")
     return next(iter(data.train_dataloader()))

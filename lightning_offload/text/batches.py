@@ -82,13 +82,15 @@ def batch_by_shape(
     vocab_size: int,
     choices: int | None = None,
     num_labels: int | None = None,
+    packing: bool = False,
 ) -> Example:
     """A batch of random tokens, all of them learned, as a data module gives it when nothing is padded.
 
     Returns:
         ``input_ids`` and ``labels`` (`batch_size`, `sequence_length`), int64, on the current default device; with
         `choices` those of so many label words and a ``target``, as `PromptClassifier` takes them; with `num_labels` a
-        label for each sequence, as `SequenceClassifier` takes them.
+        label for each sequence, as `SequenceClassifier` takes them; with `packing` ``position_ids``, as examples that
+        share a sequence have them.
 
     Raises:
         ValueError: for a size that leaves nothing to predict.
@@ -103,6 +105,8 @@ def batch_by_shape(
     if num_labels is not None:
         return {"input_ids": tokens, "labels": torch.zeros(batch_size, dtype=torch.int64 if num_labels > 1 else None)}
     batch = {"input_ids": tokens, "labels": tokens.clone()}
+    if packing:
+        batch["position_ids"] = torch.arange(sequence_length).expand(size).clone()
     return batch if choices is None else {**batch, "target": torch.zeros(batch_size, dtype=torch.int64)}
 
 

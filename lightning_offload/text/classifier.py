@@ -119,7 +119,7 @@ class SequenceClassifier(TextModule):
         logits: Tensor = self.network(**inputs).logits
         return logits.float()
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def label_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The mean over the examples of `batch`.
 
         Raises:
@@ -137,7 +137,7 @@ class SequenceClassifier(TextModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(self.logits(batch), batch)
+        loss = self.label_loss(self.logits(batch), batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return self.weighed(loss, batch_idx)
 
@@ -151,7 +151,7 @@ class SequenceClassifier(TextModule):
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, labels = self.logits(batch), batch["labels"]
-        self.total_loss.update(self.loss(logits, batch) * len(labels))
+        self.total_loss.update(self.label_loss(logits, batch) * len(labels))
         self.total_examples.update(len(labels))
         self.metrics.update(self._answers(logits), labels)
 

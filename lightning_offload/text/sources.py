@@ -70,7 +70,10 @@ class PythonDocs(ShippedCorpus):
 
 
 class TextFiles(TextData):
-    """Text files, one document each, packed.
+    """Text files, one document each, packed into one stream.
+
+    A sequence may hold the end of a document and the beginning of the next, which sees it, as in pretraining. Texts
+    that are to be kept apart are rows with a text field: ``data=jsonl data.packing=true``.
 
     Args:
         path: a file, a folder (searched for .txt, .md, .rst and .py), or a glob pattern.

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.text import TINY_PATH, CausalLM, Jsonl
+from lightning_offload.text import TINY_PATH, CausalLM, Jsonl, batch_by_shape
 from lightning_offload.text.batches import answered
 from lightning_offload.text.loss import next_token_loss, next_token_losses
 from lightning_offload.text.packing import APART, check_packing, collate_packed, pack_examples
@@ -120,6 +120,12 @@ def test_padding_is_an_example_of_its_own():
     short = int((batch["input_ids"] == 9).sum(1).argmax())
     assert batch["position_ids"][short, 5:].tolist() == list(range(11))
     assert (batch["labels"][short, 5:] == -100).all()
+
+
+def test_a_batch_by_shape_has_positions_too():
+    batch = batch_by_shape(2, 4, 10, packing=True)
+    assert set(batch) == set(collate_packed(pack_examples(examples(), 16), pad=0))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
 
 
 @pytest.fixture
