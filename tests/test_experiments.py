@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_offload.conf import schema
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lightning_offload.cli import training
 from lightning_offload.cli.options import options
@@ -86,7 +86,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind)
         known = {name: value for name, value in SIZES.items() if hasattr(config, name)}
-        made = AutoModel.from_config(AutoConfig.for_model(kind, **known))
+        auto = AutoModel if kind == "roberta" else AutoModelForCausalLM  # a classifier's head is new
+        made = auto.from_config(AutoConfig.for_model(kind, **known))
         made.save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
     return folder
