@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from lightning_offload.conf import schema
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lightning_offload.cli import training
@@ -78,7 +78,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model of each architecture."""
     folder = tmp_path_factory.mktemp("weights")
     raw = Tokenizer(models.BPE(unk_token="<end>"))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     special, letters = ["<end>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=letters))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", bos_token="<end>", pad_token="<pad>")
