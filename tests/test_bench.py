@@ -140,7 +140,14 @@ def test_what_this_machine_cannot_is_left_out_and_said(monkeypatch: pytest.Monke
     monkeypatch.setattr(sections, "SECTIONS", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report, _ = _run(replace(QUICK, sections=None))
-    assert [table.section for table in report.tables] == ["training", "prediction", "quality", "zeroth", "recall"]
+    assert [table.section for table in report.tables] == [
+        "training",
+        "prediction",
+        "quality",
+        "zeroth",
+        "recall",
+        "sizes",
+    ]
     assert all("sections=[" in left_out.markdown() for left_out in report.tables)
     assert all("no CUDA device" in left_out.markdown() for left_out in report.tables[:2])
 

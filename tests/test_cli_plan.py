@@ -271,7 +271,7 @@ def test_plan_and_trace_are_switched_off(run, own, capsys) -> None:
             "plan hardware=rtx4090 hardware.rates.h2d_gb_per_s=-3",
             "`rates.h2d_gb_per_s` must be a positive number, got -3",
         ),
-        ("plan hardware=rtx4090 +hardware.rates.h2d=3", "`rates.h2d` of hardware=rtx4090 is not a rate"),
+        ("plan hardware=rtx4090 +hardware.rates.h2d=3", "no key 'hardware.rates.h2d'"),
         ("plan hardware=rtx4090 hardware.device_gib=0", "`hardware.device_gib` must be a positive number of GiB"),
         ("plan hardware=rtx4090 hardware.cores=null", "gives rates, but not `hardware.cores`"),
         ("plan hardware=rtx4090 data.batch_size=0", "batch sizes >= 1"),

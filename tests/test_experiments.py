@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from lightning_offload.conf import schema
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lightning_offload.cli import training
 from lightning_offload.cli.options import options
@@ -78,7 +78,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model of each architecture."""
     folder = tmp_path_factory.mktemp("weights")
     raw = Tokenizer(models.BPE(unk_token="<end>"))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     special, letters = ["<end>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=letters))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", bos_token="<end>", pad_token="<pad>")
@@ -86,7 +86,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind)
         known = {name: value for name, value in SIZES.items() if hasattr(config, name)}
-        made = AutoModel.from_config(AutoConfig.for_model(kind, **known))
+        auto = AutoModel if kind == "roberta" else AutoModelForCausalLM  # a classifier's head is new
+        made = auto.from_config(AutoConfig.for_model(kind, **known))
         made.save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
     return folder

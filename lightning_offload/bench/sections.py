@@ -219,7 +219,6 @@ SECTIONS: dict[str, Section] = {
     "published": Section(lambda settings: beside_published()),
     "published_zo2": Section(_published_zo2),
     "simulated_meft": Section(_simulated_meft),
-    "sizes": Section(_sizes, lambda: "it takes minutes; sections=[sizes] runs it"),
     "training": Section(_training, lambda: _needs_cuda("training")),
     "prediction": Section(_prediction, lambda: _needs_cuda("prediction")),
     "quality": Section(
@@ -227,6 +226,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "zeroth": Section(lambda settings: zeroth(settings.zeroth), lambda: _whole_trainings("zeroth", "21")),
     "recall": Section(lambda settings: recall(settings.recall), lambda: _whole_trainings("recall", "33")),
+    "sizes": Section(_sizes, lambda: "it takes minutes; sections=[sizes] runs it"),
 }
 """By name, in the order of a run."""
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,9 @@ class DeltaPart(HostPart[AnyDeltaHome]):
     compute lane just before it.
     """
 
+    _kept: ClassVar[str] = "values of this method"
+    """What a checkpoint keeps of each weight."""
+
     def __init__(self, trained: Sequence[Trained], site: Site) -> None:
         super().__init__(trained, site)
         sizes = [slot_bytes([home.delta for home in unit.homes]) for unit in self._units]
@@ -129,7 +132,7 @@ class DeltaPart(HostPart[AnyDeltaHome]):
         """See ``Sender.load_extras``."""
         for name, home in self._home.items():
             if name not in extras:
-                raise CheckpointError(f"The checkpoint has nothing of this method for `{name}`, which this run trains.")
+                raise CheckpointError(f"The checkpoint has no {self._kept} for `{name}`, which this run trains.")
             self._load_extras_of(home, extras[name])
 
     def _extras_of(self, home: AnyDeltaHome) -> dict[str, Any]:

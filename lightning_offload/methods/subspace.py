@@ -52,6 +52,7 @@ class SubspaceOptimizer(DeltaPart[SubspaceHome]):
     """
 
     _what: ClassVar[str] = "compressed gradients"
+    _kept: ClassVar[str] = "projectors"
 
     def __init__(self, trained: Sequence[Trained], site: Site, settings: LSPSettings) -> None:
         self._settings = settings
