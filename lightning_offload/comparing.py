@@ -11,6 +11,7 @@ from typing import Any
 from lightning_offload import words
 from lightning_offload.memory.budget import GIB
 from lightning_offload.plots import columns, labels, metrics_files, new_figure, plot_losses, read_curve, save
+from lightning_offload.writing import written_file
 
 LOSSES, COSTS, TABLE = "loss.png", "comparison.png", "comparison.txt"
 
@@ -46,7 +47,7 @@ class Outcome:
 
 
 def compare(runs: Sequence[Path], out: Path) -> str:
-    """Write ``loss.png``, ``comparison.png`` and ``comparison.txt`` of finished runs into the folder ``out``.
+    """Write ``comparison.txt``, ``loss.png`` and ``comparison.png`` of finished runs into the folder ``out``.
 
     Args:
         runs: Their folders.
@@ -56,17 +57,19 @@ def compare(runs: Sequence[Path], out: Path) -> str:
         The table.
 
     Raises:
-        ValueError: A run has logged nothing.
+        ValueError: A run has logged nothing, or none a loss.
+        OSError: A file could not be written, with its path.
     """
     silent = [str(run) for run in runs if not metrics_files(run)]
     if silent or not runs:
         raise ValueError(f"no logs/version_*/metrics.csv in {', '.join(silent) or 'no run'}: nothing to compare")
     found = outcomes(runs)
     out.mkdir(parents=True, exist_ok=True)
+    text = table(found)
+    with written_file(out / TABLE) as file:
+        file.write_text(text + "\n")
     plot_losses(runs, out / LOSSES)
     draw_costs(found, out / COSTS)
-    text = table(found)
-    (out / TABLE).write_text(text + "\n")
     return text
 
 
@@ -122,11 +125,11 @@ def table(found: Sequence[Outcome]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def draw_costs(found: Sequence[Outcome], out: Path) -> Path:
+def draw_costs(found: Sequence[Outcome], out: Path) -> Path | None:
     """Draw the held-out loss before and after, the time of a step and the memory of each run, as far as known.
 
     Returns:
-        ``out``.
+        ``out``; ``None`` where nothing of it is known.
     """
     panels = [
         draw
@@ -137,6 +140,8 @@ def draw_costs(found: Sequence[Outcome], out: Path) -> Path:
         )
         if known
     ]
+    if not panels:
+        return None
     figure = new_figure((1.5 + 3.6 * len(panels), 1.3 + _ROW_INCHES * len(found)))
     figure.get_layout_engine().set(wspace=0.06)
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from inspect import Parameter, signature
 from typing import Any
 
@@ -32,7 +32,7 @@ class OwnMethod(GradientBehaviour):
         super().__init_subclass__(**more)
         cls.strategy_name = f"{method.name}_offload" + "_ddp" * issubclass(cls, SeveralDevices)
         taken = [
-            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type)
             for field in fields(cls.settings_type)
         ]
         own = signature(OwnMethod.__init__)
@@ -56,6 +56,12 @@ class OwnMethod(GradientBehaviour):
         super().__init__(
             settings, accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
         )
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return Parameter.empty if field.default is MISSING else field.default
 
 
 class OffloadStrategy(OwnMethod, OneDevice[Engine]):

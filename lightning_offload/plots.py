@@ -15,6 +15,7 @@ Curve = list[tuple[int, float]]
 
 _SMOOTHING_SHARE = 0.1  # of the run: the width of the running mean
 _TOLD_APART_BY = 3  # settings, at most
+_PER_EXAMPLE = {"Glue", "Sst2", "BoolQ"}  # data whose losses are of examples, not of tokens
 _NOT_TRAINING = {"name", "runs_dir", "ckpt_path", "plan", "trace", "export", "callbacks", "logger"}  # of the settings
 
 
@@ -92,7 +93,7 @@ def plot_losses(runs: Sequence[Path], out: Path) -> Path:
     for axes, label in zip(panels, ("optimizer step", "seconds of training"), strict=False):
         axes.set_xlabel(label)
         _finish(axes)
-    panels[0].set_ylabel("loss (nats per token)")
+    panels[0].set_ylabel(_loss_unit(drawable))
     return save(figure, out)
 
 
@@ -193,6 +194,11 @@ def _finish(axes: Any) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
+
+
+def _loss_unit(runs: Sequence[Path]) -> str:
+    data = {str((_config(run).get("data") or {}).get("_target_")).rpartition(".")[2] for run in runs}
+    return "loss" if data & _PER_EXAMPLE else "loss (nats per token)"
 
 
 def _method_of(run: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -140,3 +141,29 @@ def test_help_fits_a_screen(run, capsys) -> None:
     assert len(lines) < 40
     assert max(map(len, lines)) <= 120
     assert lines[0].startswith("lightning-offload compare")
+
+
+def test_what_no_run_has_measured_is_not_drawn(tmp_path: Path) -> None:
+    runs = [logged(tmp_path / name, name, (1, 3), (2, 2)) for name in ("full", "lsp")]
+    text = compare(runs, tmp_path / "out")
+    assert " ".join(text.splitlines()[2].split()) == "full - 2 - - - -"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["comparison.txt", "loss.png"]
+
+
+def test_the_table_is_there_before_the_pictures(tmp_path: Path) -> None:
+    runs = [logged(tmp_path / name, name, (1, "", "", 2)) for name in ("full", "lsp")]
+    with pytest.raises(ValueError, match="no losses in"):
+        compare(runs, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["comparison.txt"]
+
+
+@pytest.mark.parametrize(("data", "label"), [("Glue", "loss"), ("Sst2", "loss"), ("Jsonl", "loss (nats per token)")])
+def test_the_unit_of_a_loss_is_that_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, label: str
+) -> None:
+    run = logged(tmp_path / "run", "full", (0, 3, 5), (9, 2, 4))
+    OmegaConf.save({"data": {"_target_": f"lightning_offload.text.{data}"}}, run / "config.yaml")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, out: drawn.append(figure) or out)
+    plots.plot_losses([run], tmp_path / "loss.png")
+    assert drawn[0].axes[0].get_ylabel() == label

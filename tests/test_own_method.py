@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -158,6 +159,26 @@ def test_its_settings_are_shown_and_checked(signsgd: Any) -> None:
         signsgd.SignSGDStrategy(momentun=0.5)
     with pytest.raises(ValueError, match="`momentum` must be a number in"):
         signsgd.SignSGDStrategy(momentum=1.0)
+
+
+def test_a_default_that_is_made_anew_is_shown_as_it_is(signsgd: Any) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(signsgd.SignSGDSettings):  # type: ignore[misc, name-defined]
+        skipped: list[str] = field(default_factory=list)
+        needed: int
+
+    class Listed(signsgd.SignSGD):  # type: ignore[misc, name-defined]
+        name: ClassVar[str] = "signsgd_listed"
+        summary: ClassVar[str] = "with a list"
+        settings_type: ClassVar[Any] = Settings
+
+    class ListedStrategy(OffloadStrategy, method=Listed):
+        """One of its settings is a list, and one has no default."""
+
+    del CATALOGUE["signsgd_listed"]
+    shown = inspect.signature(ListedStrategy).parameters
+    assert (shown["skipped"].default, shown["needed"].default) == ([], inspect.Parameter.empty)
+    assert ListedStrategy(needed=1).settings.skipped == []
 
 
 def test_it_is_planned_and_the_plan_is_exact(signsgd: Any) -> None:

@@ -53,14 +53,17 @@ class SignSGD(Method):
     settings: SignSGDSettings
 
     def claim(self, module: nn.Module, units: Sequence[Unit]) -> set[int]:
+        """Return the ids of the matrices that are not too small."""
         weights = [weight for unit in units for weight in unit.parameters.values() if weight.requires_grad]
         return {id(w) for w in weights if w.ndim > 1 and w.numel() >= self.settings.min_numel}
 
     def host_bytes(self, claimed: Sequence[Trained], rule: Rule, dtypes: DTypes) -> int:
+        """Return what `SignPart` takes on the host, in bytes."""
         each = 4 + 1 + 4 * (self.settings.accumulate == "host")  # momentum, sign, sum over micro-batches
         return sum(t.parameter.numel() * (each + weight_dtype(t.parameter, dtypes).itemsize) for t in claimed)
 
     def make_part(self, claimed: Sequence[Trained], site: Site) -> SignPart:
+        """Return what steps them."""
         return SignPart(claimed, site, self.settings.momentum)
 
 
@@ -72,10 +75,12 @@ class SignHome(DeltaHome):
 
     @property
     def delta(self) -> tuple[int, torch.dtype]:
+        """How many numbers come up, and their dtype."""
         return self.trained.parameter.numel(), torch.int8
 
     @property
     def made(self) -> Tensor:
+        """What the host has made of a gradient, and sends."""
         return self.sign
 
 
@@ -122,6 +127,7 @@ class SignPart(DeltaPart[SignHome]):
 
     @property
     def holdings(self) -> dict[str, int]:
+        """Host memory by what it is for, in bytes."""
         homes = self._home.values()
         held = {
             "momenta": [home.states["momentum"] for home in homes],
