@@ -93,6 +93,13 @@ def shape(path: str | None, config: dict[str, Any] | None, extra: Mapping[str, A
         raise ValueError(f"config is no shape of a {config['model_type']} model: {reason}") from error
 
 
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither true nor false: any word, "off" too, would be true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: give true or false.")
+
+
 def recompute_blocks(network: Any) -> None:
     """Have each block's activations computed again in the backward pass."""
     network.config.use_cache = False
