@@ -27,6 +27,7 @@ from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
 from lightning_offload.text import CausalLM
+from lightning_offload.text.loading import take_generation
 from lightning_offload.text.pretrained import check_positions, check_vocabulary
 
 PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
@@ -165,17 +166,8 @@ def build_without_weights(cfg: Any) -> Any:
         model = instantiate(cfg.model, _convert_="all", **drawn)
         put_adapters(cfg, model)
     if drawn and cfg.model.init == "pretrained" and cfg.model.get("path"):
-        _take_generation(model.network, cfg.model.path)
+        take_generation(model.network, cfg.model.path)
     return model
-
-
-def _take_generation(network: Any, path: str) -> None:
-    """Have a model how to generate from the files that its run began with, which its shape does not say."""
-    from transformers import GenerationConfig
-
-    if network.can_generate():
-        with suppress(OSError):  # there is no such file
-            network.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def dtype(name: str | None) -> torch.dtype | None:
