@@ -69,7 +69,7 @@ def save_meft_adapter(module: nn.Module, folder: str | os.PathLike[str], *, dtyp
             "does `load_meft_adapter`"
         )
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in _named(adapters)}
-    with written_whole(target, mark=CONFIG, what="adapter") as staging:
+    with written_whole(target, mark=CONFIG, what="adapter", files=[WEIGHTS]) as staging:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / CONFIG).write_text(json.dumps(_describe(network, adapters, tensors), indent=2) + "\n")
         if _is_checked(network, adapters):

@@ -25,6 +25,21 @@ from lightning_offload.methods.sparse_adapter import ADAPTER, SparseAdapter, bac
 from lightning_offload.stock import bare, is_wrapped, stock_model
 
 _GIB = 1024**3
+_FILES = (
+    "generation_config.json",
+    "*.safetensors",
+    INDEX,
+    "tokenizer*.json",
+    "*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+"""What transformers writes of a model and its tokenizer, beside ``config.json``."""
 
 
 def export_to_hf(
@@ -57,7 +72,7 @@ def export_to_hf(
     Raises:
         TypeError: ``module`` holds no transformers model.
         ValueError: ``max_shard_gib`` is not above 0.
-        FileExistsError: ``path`` holds something that is no exported model.
+        FileExistsError: ``path`` holds something that is no exported model, or a file that is of none.
         OffloadError: What was reloaded differs; both values are in the message. Or there are adapters in the model,
             which no stock architecture has; or the disk is full.
     """
@@ -69,7 +84,11 @@ def export_to_hf(
     change = _changed(merged(network) if merge_lora else _as_it_is, dtype)
     plain = bare(network) if merge_lora or is_wrapped(network) else network
     tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
-    with written_whole(target, mark="config.json", what="exported model") as staging, _without_progress_bars():
+    files = [*_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()]
+    with (
+        written_whole(target, mark="config.json", what="exported model", files=files) as staging,
+        _without_progress_bars(),
+    ):
         plain.save_pretrained(staging, max_shard_size=int(max_shard_gib * _GIB * _narrower(plain, dtype)))
         if dtype is not None or merge_lora:
             _rewrite(staging, change)

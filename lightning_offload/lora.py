@@ -58,7 +58,7 @@ def save_peft_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> Path
     adapter = _only_adapter(top)
     _refuse_merged(network)
     _refuse_changed_base(top.peft_config[adapter])
-    with written_whole(target, mark=CONFIG, what="adapter") as staging:
+    with written_whole(target, mark=CONFIG, what="adapter", files=[WEIGHTS]) as staging:
         _write(top, network, adapter, staging)
         own = _values(top, adapter)
         loaded = _reload(network, own.values(), staging)

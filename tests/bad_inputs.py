@@ -133,6 +133,13 @@ def larger_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def learned_positions(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def without_end(folder: Path) -> None:
     edited("tokenizer_config.json", eos_token=None)(folder)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
@@ -157,6 +164,14 @@ def labelled(label: Any, *, at: int = 3, sentence: str = "def") -> dict[str, byt
     lines = [good] * 12
     lines[at - 1] = bad
     return {f"sst2/{split}.jsonl": "".join(lines).encode() for split in ("train", "dev", "test")}
+
+
+CLASSES = "train {given} data=glue data.path=glue data.text_fields=[text]"
+
+
+def classes(*labels: Any) -> dict[str, bytes]:
+    lines = [json.dumps({"text": "def add", "label": label}) + "\n" for label in labels]
+    return {f"glue/{split}.jsonl": "".join(lines).encode() for split in ("train", "dev")}
 
 
 DATA = [
@@ -250,6 +265,25 @@ DATA = [
     Case("no sentence", WORDS, ("train.jsonl, line 3", "'sentence' is empty", "leave"), labelled(1, sentence="")),
     Case("equal label words", WORDS.replace("' y'", "' x'"), ("label_words", "different"), labelled(1)),
     Case("sst2 without train", WORDS, ("sst2",), {"sst2/dev.jsonl": labelled(1)["sst2/dev.jsonl"]}),
+    Case("a class that is null", CLASSES, ("train.jsonl, line 3: 'label' is None", "leave"), classes("a", "b", None)),
+    Case("an empty class", CLASSES, ("train.jsonl, line 3: 'label' is ''", "leave"), classes("a", "b", "")),
+    Case("a class of -1", CLASSES, ("train.jsonl, line 3: 'label' is -1", "data.label_names="), classes(0, 1, -1)),
+    Case("one class", CLASSES, ("train.jsonl: 'label' is 'a' in all 3 lines", "another class"), classes("a", "a", "a")),
+    Case(
+        "a data set with a script",
+        "train {given} data=hf data.path=set",
+        ("data.path='set'", "scripts are no longer supported", "Pass a hub id"),
+        {"set/set.py": b"x = 1"},
+    ),
+    Case(
+        "packing of another word", f"{JSONL} data.packing=off", ("packing='off'", "true or false"), {"my.jsonl": GOOD}
+    ),
+    Case(
+        "sst2 with nothing left to train on",
+        f"{WORDS} data.val_examples=20",
+        ("val_examples=20 of 12", "data.val_examples="),
+        {name: content for name, content in labelled(1).items() if "test" not in name},
+    ),
     Case(
         "gsm8k without a test",
         "train {given} data=gsm8k data.path=math",
@@ -335,6 +369,20 @@ MODELS = [
     model("no tokenizer", without("tokenizer*"), "tokenizer_path"),
     model("a damaged tokenizer", replaced("tokenizer.json", b'{"version": '), "tokenizer"),
     model("a tokenizer without an end", without_end, "end-of-text"),
+    Case(
+        "a tokenizer without padding or an end",
+        f"{CLASSES} model.path=model",
+        ("token to pad with", "end-of-text", "pad_token", "tokenizer_path="),
+        classes("a", "b"),
+        without_end,
+    ),
+    model(
+        "a table of too few positions",
+        learned_positions,
+        "data.sequence_length=16",
+        "the model's 8 positions",
+        "data.sequence_length=8",
+    ),
     model("a tokenizer too large for the model", larger_vocabulary, "'model'", "349", "300", "model.tokenizer_path="),
     model("too few positions", edited("tokenizer_config.json", model_max_length=8), "data.sequence_length=8"),
     setting("model.tokenizer_path=nowhere", "tokenizer_path='nowhere'"),
@@ -459,6 +507,14 @@ FINISHED = [
     finished("export to a file", f"{EXPORT[:-3]}file", "'file'", "another folder", file=b"notes"),
     finished(
         "export to a folder of notes", f"{EXPORT[:-3]}mine", "'mine'", "another folder", **{"mine/notes.txt": b"notes"}
+    ),
+    finished(
+        "export over a repository",
+        f"{EXPORT[:-3]}mine",
+        "'mine'",
+        "'.git'",
+        "another folder",
+        **{"mine/config.json": b"{}", "mine/.git/HEAD": b"ref"},
     ),
     finished("export below a file", f"{EXPORT[:-3]}file/a", "'file/a'", "Not a directory", file=b"notes"),
     finished("export to where nobody writes", f"{EXPORT[:-3]}/proc/a", "'/proc/a'", "No such file"),

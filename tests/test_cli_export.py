@@ -57,6 +57,20 @@ def test_a_checkpoint_is_exported_as_the_run_was(method: str, precision: str, ru
     assert json.loads(Path("again/config.json").read_text()) == json.loads(Path("runs/a/hf/config.json").read_text())
 
 
+def test_an_export_generates_as_the_base_does(run, given, inputs: Path) -> None:
+    shutil.copytree(inputs / "small", "base")
+    said = {"do_sample": True, "temperature": 0.7, "eos_token_id": [0, 5]}
+    Path("base/generation_config.json").write_text(json.dumps(said))
+    settings = ["model.path=base", "name=a", "trainer.max_steps=1"]
+    assert run("train", *given, *OF_METHOD["zo2"], *settings) == 0
+    assert run("export", "ckpt_path=runs/a", "output=again") == 0
+    assert run("export", "log=runs/a/zo2.log", "output=replayed") == 0
+    of_run = json.loads(Path("runs/a/hf/generation_config.json").read_text())
+    assert {name: of_run[name] for name in said} == said
+    for folder in ("again", "replayed"):
+        assert json.loads(Path(folder, "generation_config.json").read_text()) == of_run
+
+
 @pytest.mark.parametrize("method", ["full", "lsp", "zo2", pytest.param("none", marks=pytest.mark.slow)])
 def test_lora_from_training_to_a_merged_model(method: str, run, given, inputs: Path, capsys) -> None:
     settings = [*LORA[method], "name=mine", "model.lora.rank=4"]

@@ -15,11 +15,13 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
 from lightning_offload.errors import CheckpointError, OffloadError
 from lightning_offload.export import check_weights, export_to_hf, load_weights, map_weights
+from lightning_offload.folders import written_whole
 from lightning_offload.memory.promises import parameters_on_meta
+from lightning_offload.text import TINY_PATH
 from tests.families import FAMILIES
 
 LLAMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -108,6 +110,64 @@ def test_an_export_is_replaced_but_no_other_folder(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"thesis.*choose another folder"):
         export_to_hf(build(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+@pytest.mark.parametrize("foreign", [".git/HEAD", "README.md", "pytorch_model.bin"])
+def test_a_folder_with_a_file_that_no_export_writes_is_left(foreign: str, tmp_path: Path) -> None:
+    folder = export_to_hf(build(), tmp_path / "hf", tokenizer=AutoTokenizer.from_pretrained(TINY_PATH))
+    (folder / foreign).parent.mkdir(exist_ok=True)
+    (folder / foreign).write_text("mine")
+    before = {path: path.stat() for path in folder.rglob("*")}
+    with pytest.raises(
+        FileExistsError, match=rf"hf' would be replaced, and '{foreign.split('/')[0]}' in it is of no ex"
+    ):
+        export_to_hf(build(), folder)
+    assert {path: path.stat() for path in folder.rglob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_goes_to_where_a_link_points(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "hf"
+    link.symlink_to("far/away")
+    for _ in range(2):
+        assert export_to_hf(build(), link) == link
+        assert link.is_symlink()
+        assert (tmp_path / "far/away/config.json").is_file()
+
+
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match=r"'\.' is the working folder, or above it; choose another folder"):
+        export_to_hf(build(), ".")
+
+
+def test_what_a_killed_export_left_is_tidied(tmp_path: Path) -> None:
+    folder = export_to_hf(build(), tmp_path / "hf")
+    folder.rename(tmp_path / ".hf.0a1b.old")  # killed between the two renames
+    (tmp_path / ".hf.0a1b.tmp").mkdir()
+    (tmp_path / ".hf2.0a1b.tmp").mkdir()  # of another target
+    replacing = written_whole(folder, mark="config.json", what="model", files=[])
+    with replacing:
+        assert (folder / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hf2.0a1b.tmp", "hf"]
+
+
+def test_an_error_between_the_renames_puts_the_old_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export_to_hf(build(), tmp_path / "hf")
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise OSError("no more")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OffloadError, match=r"could not be written to '.*hf': no more; what was there before still is"):
+        export_to_hf(build(), folder)
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_different_logits_are_an_error_with_both_numbers_and_leave_the_old_export(

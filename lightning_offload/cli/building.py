@@ -27,7 +27,8 @@ from lightning_offload.memory.promises import parameters_on_meta
 from lightning_offload.methods.meft import MEFTSettings, attach
 from lightning_offload.strategies import OneDevice
 from lightning_offload.text import CausalLM
-from lightning_offload.text.pretrained import check_vocabulary
+from lightning_offload.text.loading import take_generation
+from lightning_offload.text.pretrained import check_positions, check_vocabulary
 
 PROGRESS = "progress"  # the key of the callback that shows a Trainer's progress
 
@@ -96,7 +97,9 @@ def _services(group: str) -> Iterator[None]:
 def build_data(cfg: DictConfig, model: Any) -> Any:
     """Make the data module, with the tokenizer of the model."""
     data = build(cfg, "data")
-    check_vocabulary(getattr(model, "network", None), model.tokenizer)
+    network = getattr(model, "network", None)
+    check_vocabulary(network, model.tokenizer)
+    check_positions(network, getattr(data, "sequence_length", None))
     data.tokenizer = model.tokenizer
     return data
 
@@ -162,6 +165,8 @@ def build_without_weights(cfg: Any) -> Any:
     with parameters_on_meta():
         model = instantiate(cfg.model, _convert_="all", **drawn)
         put_adapters(cfg, model)
+    if drawn and cfg.model.init == "pretrained" and cfg.model.get("path"):
+        take_generation(model.network, cfg.model.path)
     return model
 
 

@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from lightning_offload.cli.building import build, build_data, fit_to_data, settings_of, shown
 from lightning_offload.cli.users import user_errors
@@ -18,6 +17,7 @@ from lightning_offload.memory.budget import Machine, machine_from
 from lightning_offload.planning import Plan
 from lightning_offload.planning import plan as make_plan
 from lightning_offload.planning.report import report
+from lightning_offload.text.pretrained import check_positions
 from lightning_offload.writing import written_file
 
 
@@ -86,7 +86,7 @@ def _model_without_weights(cfg: DictConfig, optimizer: Any) -> Any:
 def _batch(cfg: DictConfig, model: Any) -> Any:
     """A micro-batch by shape; of data of one's own, the first."""
     size, length = cfg.data.get("batch_size"), cfg.data.get("sequence_length")
-    _check_positions(model, length)
+    check_positions(getattr(model, "network", None), length)
     if size and length:
         from lightning_offload.text import batch_by_shape
 
@@ -98,14 +98,6 @@ def _batch(cfg: DictConfig, model: Any) -> Any:
     data = build_data(cfg, model)
     data.setup("fit")
     return next(iter(data.train_dataloader()))
-
-
-def _check_positions(model: Any, length: int | None) -> None:
-    """A table of positions that is too short fails a real run, and is not seen where nothing has a value."""
-    most = getattr(getattr(getattr(model, "network", None), "config", None), "max_position_embeddings", None)
-    tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-    if most and length and length > most and tables & {most, most + 2}:  # OPT keeps two more
-        raise OffloadError(f"data.sequence_length={length:,} is more than the model's {most:,} positions")
 
 
 def _plain(node: Any) -> dict[str, Any]:

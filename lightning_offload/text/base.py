@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from lightning_offload.text.loading import build_network, load_tokenizer, recompute_blocks
+from lightning_offload.text.loading import build_network, check_flags, load_tokenizer, recompute_blocks
 from lightning_offload.text.lora import put_lora
 
 Batch = dict[str, Tensor]
@@ -73,6 +73,7 @@ class TextModule(L.LightningModule):
         extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_flags(gradient_checkpointing=gradient_checkpointing, no_decay_norms=no_decay_norms)
         # no save_hyperparameters: factories in a checkpoint would need more than weights_only=True to load
         self.network: Any = build_network(path=path, config=config, init=init, dtype=dtype, auto=self.auto, extra=extra)
         put_lora(self.network, lora)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from lightning_offload.text.loading import check_flags
 from lightning_offload.text.loss import IGNORED
 
 Example = dict[str, Tensor]
@@ -33,13 +34,13 @@ class Packed(Dataset[Example]):
         return {"input_ids": self.sequences[index], "labels": self.sequences[index]}
 
 
-def pack(documents: Sequence[Sequence[int]], *, end: int, length: int) -> Tensor:
-    """Documents joined with `end` after each, cut into sequences; what does not fill the last one is left.
+def pack(documents: Sequence[Sequence[int]], *, end: int, length: int, start: Sequence[int] = ()) -> Tensor:
+    """Documents joined, `start` before and `end` after each, cut into sequences; what does not fill one is left.
 
     Returns:
         (count, length), int64.
     """
-    stream = torch.tensor([token for document in documents for token in (*document, end)], dtype=torch.int64)
+    stream = torch.tensor([token for document in documents for token in (*start, *document, end)], dtype=torch.int64)
     return stream[: len(stream) // length * length].view(-1, length)
 
 
@@ -93,13 +94,14 @@ def batch_by_shape(
         share a sequence have them.
 
     Raises:
-        ValueError: for a size that leaves nothing to predict.
+        ValueError: for a size that leaves nothing to predict, or `packing` that is neither true nor false.
     """
     if batch_size < 1 or sequence_length < 2 or vocab_size < 1:
         raise ValueError(
             "a batch needs batch_size >= 1, sequence_length >= 2 and vocab_size >= 1; got"
             f" batch_size={batch_size}, sequence_length={sequence_length}, vocab_size={vocab_size}."
         )
+    check_flags(packing=packing)
     size = (batch_size, sequence_length) if choices is None else (batch_size, choices, sequence_length)
     tokens = torch.randint(vocab_size, size)
     if num_labels is not None:

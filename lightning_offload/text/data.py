@@ -22,6 +22,7 @@ from lightning_offload.errors import DataError
 from lightning_offload.text.batches import Example, Packed, ResumableLoader, ResumableSampler, collate
 from lightning_offload.text.loss import IGNORED
 from lightning_offload.text.packing import parts_of
+from lightning_offload.text.pretrained import check_positions
 
 #: between the examples of a packed sequence, where one is shown
 NEXT = "\n--- next in the same sequence ---\n"
@@ -84,6 +85,8 @@ class TextData(L.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        if self.trainer is not None:
+            check_positions(getattr(self.trainer.lightning_module, "network", None), self.sequence_length)
         if self._sets is not None:
             return
         self._check_tokenizer()
@@ -152,7 +155,7 @@ class TextData(L.LightningDataModule):
     def start(self) -> list[int]:
         """The token that this tokenizer puts before a text, if it does."""
         alone = self.tokenizer("")["input_ids"]
-        return list(alone) if alone == [self.tokenizer.bos_token_id] else []
+        return list(alone[:1]) if alone[:1] == [self.tokenizer.bos_token_id] else []  # an end may follow
 
     def _set(self, index: int) -> Dataset[Any]:
         if self._sets is None:

@@ -46,6 +46,7 @@ TASKS = {
 }
 SPLITS = (("train",), ("validation", "dev", "validation_matched", "dev_matched"), ("test",))
 MISMATCHED = ("validation_mismatched", "dev_mismatched")
+_UNLABELLED = ("-1", "-1.0", "", "None", "nan")  # as GLUE ships its test splits, and as tables leave a field empty
 _FEW = 20  # labels that may all differ without a doubt that they are labels
 
 
@@ -122,15 +123,27 @@ class Glue(TextData):
 
     def _found_names(self) -> tuple[str, ...]:
         train, *_ = self._splits
-        found = {str(line.field(self.label_field)) for line in train}
+        found = {self._label_text(line) for line in train}
         if len(found) > max(_FEW, len(train) // 2) and not all(map(_is_number, found)):
             raise DataError(
                 f"{train[0].file}: {self.label_field!r} has {len(found)} different values in {len(train)} lines, so it"
                 " is no label. Pass data.label_field=<field>."
             )
-        if all(map(_is_integer, found)):
-            return tuple(sorted(found, key=int))
-        return () if all(map(_is_number, found)) else tuple(sorted(found))
+        if all(map(_is_number, found)) and not all(map(_is_integer, found)):
+            return ()
+        order: Any = int if all(map(_is_integer, found)) else None
+        if {"-1", "0"} <= found:
+            unlabelled = next(line for line in train if self._label_text(line) == "-1")
+            raise unlabelled.error(
+                f"{self.label_field!r} is -1, which beside 0 means that there is no label: leave the line out. Where"
+                f" it is a class, pass data.label_names=[{','.join(sorted(found, key=order))}]."
+            )
+        if len(found) == 1:
+            raise DataError(
+                f"{train[0].file}: {self.label_field!r} is {found.pop()!r} in all {len(train)} lines: there is nothing"
+                " to tell apart. Give lines of another class too, or pass data.label_field=<field>."
+            )
+        return tuple(sorted(found, key=order))
 
     @cached_property
     def _splits(self) -> tuple[list[Line], list[Line], list[Line]]:
@@ -138,7 +151,7 @@ class Glue(TextData):
         train, val, test = (read_split(self.path, *names) for names in SPLITS)
         needed(train, self.path, "train")
         needed(val, self.path, "validation")
-        if all(line.row.get(self.label_field, -1) in (-1, "-1", "-1.0") for line in test):
+        if all(str(line.row.get(self.label_field)).strip() in _UNLABELLED for line in test):
             test = read_split(self.path, *MISMATCHED)
         return train, val, test
 
@@ -163,18 +176,28 @@ class Glue(TextData):
         return texts
 
     def _label(self, line: Line) -> Tensor:
-        value = line.field(self.label_field)
+        text = self._label_text(line)
         names = self.label_names
         if not names:
-            if not _is_number(str(value)):
-                raise line.error(f"{self.label_field!r} is {value!r}; needs a number.")
-            return torch.tensor(float(value))
-        if str(value) in names:
-            return torch.tensor(names.index(str(value)))
-        if not any(map(_is_integer, names)) and _is_integer(str(value)) and 0 <= int(value) < len(names):
-            return torch.tensor(int(value))
+            if not _is_number(text):
+                raise line.error(f"{self.label_field!r} is {line.field(self.label_field)!r}; needs a number.")
+            return torch.tensor(float(text))
+        if text in names:
+            return torch.tensor(names.index(text))
+        if not any(map(_is_integer, names)) and _is_integer(text) and 0 <= int(text) < len(names):
+            return torch.tensor(int(text))
         known = [f"{name!r} ({at})" for at, name in enumerate(names)]
-        raise line.error(f"{self.label_field!r} is {value!r}; the labels are {', '.join(known)}.")
+        raise line.error(
+            f"{self.label_field!r} is {line.field(self.label_field)!r}; the labels are {', '.join(known)}."
+        )
+
+    def _label_text(self, line: Line) -> str:
+        """The label as a word; raises DataError where a table has none: its field is empty, or NaN."""
+        value = line.field(self.label_field)
+        text = str(value).strip()
+        if value is None or value != value or not text:
+            raise line.error(f"{self.label_field!r} is {value!r}, which is no label: leave the line out.")
+        return text
 
     def _encoded(self, texts: Sequence[Sequence[str]]) -> list[Example]:
         """Model inputs of each example, cut where they are too long."""

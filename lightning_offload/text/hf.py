@@ -92,7 +92,7 @@ def load_split(path: str, name: str | None, split: str) -> Any:
         if not any((folder / mark).is_file() for mark in _ON_DISK):
             return datasets.load_dataset(str(folder) if folder.exists() else path, name, split=split)
         whole = datasets.load_from_disk(folder)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise DataError(
             f"Cannot load data.path={path!r}, data.split={split!r}: {reason} Pass a hub id, a folder of save_to_disk,"

@@ -40,13 +40,17 @@ class Line(NamedTuple):
             raise self.error(
                 f"{name!r} is {type(value).__name__}, not text: write it in quotes, or leave the line out."
             )
+        return self.characters(name, value)
+
+    def characters(self, name: str, text: str) -> str:
+        """`text`, which is in the field `name`; raises DataError where a character of it is half a one."""
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise self.error(
-                f"{name!r} has half a character (\\u{ord(value[error.start]):x}): mend the text."
+                f"{name!r} has half a character (\\u{ord(text[error.start]):x}): mend the text."
             ) from error
-        return value
+        return text
 
     def words(self, name: str) -> str:
         """The same for text that says something."""

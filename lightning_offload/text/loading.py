@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def shape(path: str | None, config: dict[str, Any] | None, extra: Mapping[str, A
     except Exception as error:  # of a class of its own, and over several lines
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"config is no shape of a {config['model_type']} model: {reason}") from error
+
+
+def take_generation(network: Any, path: str) -> None:
+    """Have a model how to generate from the files that its run began with, which its shape does not say."""
+    from transformers import GenerationConfig
+
+    if network.can_generate():
+        with suppress(OSError):  # there is no such file
+            network.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither true nor false: any word, "off" too, would be true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: give true or false.")
 
 
 def recompute_blocks(network: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_offload.errors import OffloadError
 
@@ -75,6 +76,24 @@ def check_vocabulary(network: Any, tokenizer: Any) -> None:
         raise OffloadError(
             f"The tokenizer {tokenizer.name_or_path!r} has tokens up to number {largest:,}, the model rows for "
             f"{rows:,}: they do not belong together. Pass model.tokenizer_path=<folder or hub id> of the model's own."
+        )
+
+
+def check_positions(network: Any, length: int | None) -> None:
+    """Refuse sequences longer than a table of learned positions: past its end a lookup fails in the middle of a run.
+
+    Raises:
+        OffloadError: names both lengths.
+    """
+    most = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    if not most or not length or length <= most:
+        return
+    words = getattr(network, "get_input_embeddings", lambda: None)()
+    tables = [part for part in network.modules() if isinstance(part, nn.Embedding) and part is not words]
+    if any(table.num_embeddings in (most, most + 2) for table in tables):  # OPT keeps two more
+        raise OffloadError(
+            f"data.sequence_length={length:,} is more than the model's {most:,} positions: pass"
+            f" data.sequence_length={most} or less."
         )
 
 

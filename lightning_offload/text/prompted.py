@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from lightning_offload.errors import DataError
 from lightning_offload.text.batches import Example
 from lightning_offload.text.data import TextData
 from lightning_offload.text.lines import Line, needed, read_split
@@ -80,7 +81,12 @@ class Prompted(TextData):
             rng.shuffle(lines)
         if not val:
             kept = len(train) - (self.limits[1] or len(train) // 10)
-            train, val = train[:kept], train[max(kept, 0) :]
+            if kept < 1:
+                raise DataError(
+                    f"{self.path}: val_examples={self.limits[1]} of {len(train)} leave nothing to train on: pass"
+                    " data.val_examples=<fewer>, or a validation split beside a test split with labels."
+                )
+            train, val = train[:kept], train[kept:]
         parts = zip((train, val, test), self.limits, strict=True)
         return tuple(self._examples(lines[:limit]) for lines, limit in parts)
 

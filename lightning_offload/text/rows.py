@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_offload.text.batches import Example, answered, collate
 from lightning_offload.text.data import TextData
 from lightning_offload.text.lines import Line, cut
+from lightning_offload.text.loading import check_flags
 from lightning_offload.text.loss import IGNORED
 from lightning_offload.text.packing import collate_packed, pack_examples
 
@@ -45,6 +46,7 @@ class Rows(TextData):
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        check_flags(packing=packing)
         self.prompt_field = prompt_field
         self.completion_field = completion_field
         self.text_field = text_field
@@ -97,26 +99,40 @@ class Rows(TextData):
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise line.error("has no message of the assistant: there is nothing to learn. Leave it out.")
+        for message in messages:
+            line.characters("content", message["content"])
         try:
-            ids = self._render(messages)
+            whole = self._render(messages)
+            parts = [(self._before(messages, turn), self._render(messages[: turn + 1])) for turn in turns]
+            ids = self.encode([whole])[0]
         except Exception as error:  # of the template's own, or of its language
             reason = " ".join(str(error).split())
             raise line.error(f"the tokenizer's chat template cannot render it ({reason}): change the line.") from error
         labels = [IGNORED] * len(ids)
-        for turn in turns:
-            before = self._render(messages[:turn], add_generation_prompt=True)
-            after = self._render(messages[: turn + 1])
-            if ids[: len(before)] != before or ids[: len(after)] != after:
+        for texts in parts:
+            if not all(map(whole.startswith, texts)):
                 raise line.error(
                     "this chat template renders a turn differently once more follows, so what the assistant said cannot"
                     " be told apart. Split the conversation: one line per answer."
                 )
+            before, after = self.encode(texts)
+            for text, tokens in zip(texts, (before, after), strict=True):
+                if ids[: len(tokens)] != tokens:
+                    at = len(text)
+                    raise line.error(
+                        f"the tokenizer joins {whole[max(0, at - 10) : at]!r} and {whole[at : at + 10]!r} across the"
+                        " edge of what the assistant said. Take white space off there: off the end of the chat"
+                        " template's generation prompt, or off the message."
+                    )
             labels[len(before) : len(after)] = after[len(before) :]
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return self.encode([text])[0]
+    def _before(self, messages: list[dict[str, str]], turn: int) -> str:
+        """What stands before the words of a turn; nothing before the first, as templates need a message."""
+        return self._render(messages[:turn], add_generation_prompt=True) if turn else ""
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def collate_rows(examples: Sequence[Example], *, pad: int) -> Example:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 from typing_extensions import override
 
@@ -54,7 +55,7 @@ class ShippedCorpus(TextData):
 
     def _packed(self, split: Split, limit: int | None) -> Packed:
         documents = self.encode(load_corpus(self.domain, split))
-        return Packed(spread(pack(documents, end=self.end, length=self.sequence_length), limit))
+        return Packed(spread(pack(documents, start=self.start, end=self.end, length=self.sequence_length), limit))
 
 
 class PythonSource(ShippedCorpus):
@@ -70,7 +71,7 @@ class PythonDocs(ShippedCorpus):
 
 
 class TextFiles(TextData):
-    """Text files, one document each, packed into one stream.
+    """Text files, one document each, packed into one stream with the tokens that begin and end a text between them.
 
     A sequence may hold the end of a document and the beginning of the next, which sees it, as in pretraining. Texts
     that are to be kept apart are rows with a text field: ``data=jsonl data.packing=true``.
@@ -104,7 +105,16 @@ class TextFiles(TextData):
     def _sequences(self, path: str) -> Any:
         texts = [read_text(file) for file in find_files(path)]
         random.Random(self.seed).shuffle(texts)
-        return pack(self.encode(texts), end=self.end, length=self.sequence_length)
+        documents = self.encode(texts)
+        sequences = pack(documents, start=self.start, end=self.end, length=self.sequence_length)
+        total = sum(map(len, documents)) + len(documents) * (len(self.start) + 1)
+        left = total - sequences.numel()
+        if 0 < total < 100 * left and len(sequences):  # without any it is an error
+            rank_zero_warn(
+                f"{path}: the last {left} of {total} tokens do not fill a sequence and are left out. A smaller"
+                f" data.sequence_length (now {self.sequence_length}) leaves fewer."
+            )
+        return sequences
 
 
 def find_files(path: str) -> Sequence[Path]:

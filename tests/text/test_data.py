@@ -1,9 +1,13 @@
+import warnings
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from lightning_offload.errors import DataError
 from lightning_offload.text import Jsonl, PythonDocs, PythonSource, TextData, TextFiles
-from lightning_offload.text.batches import collate, pack, spread
+from lightning_offload.text.batches import batch_by_shape, collate, pack, spread
 
 QUESTION = {"prompt": "What is one and one? ", "completion": "two"}
 
@@ -138,6 +142,87 @@ def test_jsonl_template_that_changes_earlier_turns(chat_tokenizer, jsonl, monkey
     monkeypatch.setattr(chat_tokenizer, "chat_template", last_only)
     with pytest.raises(DataError, match=r"line 1: this chat template renders a turn differently.*Split"):
         Jsonl(path=jsonl({"messages": TALK}), tokenizer=chat_tokenizer).setup()
+
+
+def test_jsonl_messages_may_begin_with_the_assistant(chat_tokenizer, jsonl, monkeypatch):
+    strict = "{% if messages[0].role == 'robot' %}never{% endif %}" + TEMPLATE  # fails where there is no message
+    monkeypatch.setattr(chat_tokenizer, "chat_template", strict)
+    file = jsonl({"messages": TALK[1:]})
+    data = Jsonl(path=file, val_path=file, tokenizer=chat_tokenizer)
+    data.setup()
+    assert "⟦<assistant>Good day.\n⟧<user>And?\n<assistant>⟦Nothing.\n⟧" in data.preview(
+        next(iter(data.train_dataloader()))
+    )
+
+
+def test_jsonl_template_that_fails_for_a_part_of_a_conversation(chat_tokenizer, jsonl, monkeypatch):
+    strict = "{% if messages|length == 1 %}{{ raise_exception('Nobody answers') }}{% endif %}" + TEMPLATE
+    monkeypatch.setattr(chat_tokenizer, "chat_template", strict)
+    with pytest.raises(DataError, match=r"line 1: the tokenizer's chat template cannot render it \(Nobody answers\)"):
+        Jsonl(path=jsonl({"messages": TALK}), tokenizer=chat_tokenizer).setup()
+
+
+def test_jsonl_template_whose_prompt_ends_in_a_space(chat_tokenizer, jsonl, monkeypatch):
+    spaced = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:"
+    )
+    file = jsonl({"messages": [TALK[0], {"role": "assistant", "content": "add one"}]})
+    data = Jsonl(path=file, val_path=file, tokenizer=chat_tokenizer)
+    monkeypatch.setattr(chat_tokenizer, "chat_template", spaced + " {% endif %}")
+    with pytest.raises(
+        DataError, match=r"line 1: the tokenizer joins 'ssistant: ' and 'add one.*end of the chat templ"
+    ):
+        data.setup()
+    monkeypatch.setattr(chat_tokenizer, "chat_template", spaced + "{% endif %}")  # what the message says
+    data.setup()
+    assert "assistant:⟦ add one\n⟧" in data.preview(next(iter(data.train_dataloader())))
+
+
+def test_jsonl_messages_with_half_a_character(chat_tokenizer, jsonl):
+    file = jsonl({"messages": [TALK[0], {"role": "assistant", "content": "a\ud83d"}]})
+    with pytest.raises(DataError, match=r"line 1: 'content' has half a character \(\\ud83d\): mend the text"):
+        Jsonl(path=file, tokenizer=chat_tokenizer).setup()
+
+
+@pytest.fixture
+def framing():
+    """A tokenizer that puts a token before each text, and one after it."""
+    words = ["<s>", "</s>", "one", "two", "three"]
+    raw = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="one"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_text_begins_with_what_its_tokenizer_puts_there(framing, jsonl, tmp_path):
+    file = jsonl({"prompt": "one", "completion": "two"})
+    data = Jsonl(path=file, val_path=file, tokenizer=framing)
+    data.setup()
+    assert data.train_dataloader().dataset[0]["input_ids"].tolist() == [0, 2, 3, 1]
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("one two three")
+    files = TextFiles(path=str(tmp_path), val_path=str(tmp_path), sequence_length=5, tokenizer=framing)
+    files.setup()
+    assert files.train_dataloader().dataset.sequences.tolist() == [[0, 2, 3, 4, 1]] * 2
+
+
+def test_what_fills_no_sequence_is_said(framing, tmp_path):
+    (tmp_path / "a.txt").write_text("one two three " * 7)  # 23 tokens
+    data = TextFiles(path=str(tmp_path), val_path=str(tmp_path), sequence_length=8, tokenizer=framing)
+    with pytest.warns(UserWarning, match=r"the last 7 of 23 tokens do not fill a sequence .* \(now 8\) leaves fewer"):
+        data.setup()
+    (tmp_path / "a.txt").write_text("one two three " * 67 + "one")  # 204, of which 1.0 % is 2
+    data = TextFiles(path=str(tmp_path), val_path=str(tmp_path), sequence_length=101, tokenizer=framing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.setup()
+
+
+def test_packing_is_true_or_false():
+    with pytest.raises(ValueError, match="packing='off': give true or false"):
+        Jsonl(path="x", packing="off")
+    with pytest.raises(ValueError, match="packing='off': give true or false"):
+        batch_by_shape(1, 2, 3, packing="off")
 
 
 def test_jsonl_says_what_it_cuts(tokenizer, jsonl):

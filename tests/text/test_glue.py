@@ -263,3 +263,46 @@ def test_a_field_that_is_no_label(folder):
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         Glue(path="x", **options)
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("jsonl", None), ("csv", ""), ("csv", " "), ("jsonl", float("nan"))])
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_missing_label_is_no_class(split, kind, missing, folder, tokenizer):
+    rows = [{"text": f"film {n}", "label": "ab"[n % 2]} for n in range(6)]
+    splits = {"train": rows, "dev": rows} | {split: [*rows, {"text": "film", "label": missing}]}
+    line = len(rows) + 1 + (kind == "csv")
+    with pytest.raises(DataError, match=rf"{split}\.{kind}, line {line}: 'label' is .*, which is no label: leave"):
+        Glue(path=folder(kind, **splits), text_fields=["text"], tokenizer=tokenizer).setup()
+
+
+def test_minus_one_beside_places_is_no_class_unless_it_is_named(folder, tokenizer):
+    rows = [{"text": f"film {n}", "label": n % 3 - 1} for n in range(6)]
+    options = {"path": folder(train=rows, dev=rows), "text_fields": ["text"], "tokenizer": tokenizer}
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1: 'label' is -1, .* pass data\.label_names=\[-1,0,1\]"):
+        Glue(**options).setup()
+    data = ready(Glue(**options, label_names=[-1, 0, 1]))
+    assert [row["labels"].item() for row in data.val_dataloader().dataset] == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize("label", [None, "", "-1"])
+def test_a_test_whose_labels_are_left_empty_is_not_tested_with(label, folder, tokenizer):
+    path = folder(train=ONE, dev=ONE[:3], test=[{"sentence": "hidden", "label": label}])
+    data = ready(Glue(path=path, text_fields=["sentence"], tokenizer=tokenizer))
+    assert texts(data, data.test_dataloader()) == texts(data, data.val_dataloader())
+
+
+def test_labels_of_tables_may_have_spaces_around_them(folder, tokenizer):
+    rows = [{"text": f"film {n}", "label": [" a", "b ", "a"][n % 3]} for n in range(6)]
+    data = ready(Glue(path=folder("csv", train=rows, dev=rows), text_fields=["text"], tokenizer=tokenizer))
+    assert data.label_names == ("a", "b")
+    assert [row["labels"].item() for row in data.val_dataloader().dataset] == [0, 1, 0] * 2
+
+
+@pytest.mark.parametrize("label", ["pos", 1])
+def test_one_class_is_nothing_to_tell_apart(label, folder, tokenizer):
+    rows = [{"text": f"film {n}", "label": label} for n in range(6)]
+    data = Glue(path=folder(train=rows, dev=rows), text_fields=["text"], tokenizer=tokenizer)
+    with pytest.raises(
+        DataError, match=rf"train\.jsonl: 'label' is '{label}' in all 6 lines: there is nothing to tell"
+    ):
+        _ = data.num_labels

@@ -99,6 +99,14 @@ def test_what_cannot_be_found(write, options, message, tmp_path, tokenizer):
     assert "\n" not in str(raised.value)
 
 
+def test_a_script_is_one_line(tmp_path, tokenizer):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "set.py").write_text("x = 1")
+    with pytest.raises(DataError, match=r"Cannot load .*scripts are no longer supported.*Pass a hub id") as raised:
+        HfDataset(path=str(tmp_path / "set"), tokenizer=tokenizer).setup()
+    assert "\n" not in str(raised.value)
+
+
 def test_the_hub_is_out_of_reach(tokenizer, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"Cannot load data.path='nobody/nothing', data.split='train': .*") as raised:

@@ -7,10 +7,12 @@ import torch
 from omegaconf import OmegaConf
 
 from lightning_offload.errors import OffloadError
-from lightning_offload.text import TINY_PATH, CausalLM, MuonAdamW, PythonDocs, linear_decay, wsd
+from lightning_offload.text import TINY_PATH, CausalLM, Jsonl, MuonAdamW, PythonDocs, linear_decay, wsd
+from lightning_offload.text.pretrained import check_positions
 
 SHAPE = {"model_type": "llama", "vocab_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 SHAPE["num_attention_heads"] = 2
+NARROW = {"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 32}
 
 
 @pytest.fixture
@@ -146,6 +148,8 @@ def test_random_weights_in_the_shape_of_a_folder(small_model):
         ({"config": {"model_type": "lama"}}, ValueError, "lama"),
         ({"config": SHAPE, "init": "zeros"}, ValueError, "init='zeros'"),
         ({"config": SHAPE, "dtype": "int8"}, ValueError, "dtype='int8'"),
+        ({"config": SHAPE, "gradient_checkpointing": "off"}, ValueError, "gradient_checkpointing='off': give true or"),
+        ({"config": SHAPE, "no_decay_norms": "no"}, ValueError, "no_decay_norms='no': give true or false"),
         ({"config": SHAPE, "loss_chunk_tokens": -1}, ValueError, "loss_chunk_tokens=-1"),
         ({"config": SHAPE, "tokenizer_path": "./none"}, OffloadError, r"tokenizer_path='\./none'"),
     ],
@@ -192,3 +196,23 @@ def test_muon_takes_the_matrices_and_resumes(small_model, data, trainer, tmp_pat
     trainer(max_steps=4).fit(second, data, ckpt_path=tmp_path / "half.ckpt")
     for name, value in module.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}, False),
+        ({"model_type": "opt", **NARROW, "num_hidden_layers": 1, "ffn_dim": 32, "word_embed_proj_dim": 16}, False),
+        ({**SHAPE, "max_position_embeddings": 32}, True),  # turned by angles: no table ends
+        ({**SHAPE, "vocab_size": 32, "max_position_embeddings": 32}, True),
+    ],
+)
+def test_sequences_longer_than_a_table_of_positions(shape, fits, tokenizer, jsonl, trainer):
+    model = CausalLM(config={"vocab_size": 2048, **shape}, init="random")
+    texts = [{"text": "word another " * 60}] * 4
+    data = Jsonl(path=jsonl(*texts), sequence_length=33, tokenizer=tokenizer)
+    if fits:
+        check_positions(model.network, data.sequence_length)
+        return
+    with pytest.raises(OffloadError, match=r"sequence_length=33 is more than the model's 32 positions: pass data\.seq"):
+        trainer(max_steps=1).fit(model, data)

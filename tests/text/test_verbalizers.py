@@ -289,3 +289,15 @@ def test_bad_settings(classifier, small_model):
         ValueError, match=r"batches with label words and a target; this one has \['input_ids', 'labels'\]"
     ):
         classifier().training_step(batch_by_shape(2, 4, 10), 0)
+
+
+@pytest.mark.parametrize("count", [8, 12, 20])
+def test_what_validates_is_never_trained_on(count, tokenizer, sst2):
+    data = Sst2(path=sst2(train=ROWS, dev=ROWS[:2]), val_examples=count, tokenizer=tokenizer)
+    if count < len(ROWS):
+        train, val, _ = sentences(data, tokenizer)
+        assert (len(train), len(val)) == (len(ROWS) - count, count)
+        assert not train & val
+    else:
+        with pytest.raises(DataError, match=rf"val_examples={count} of 12 leave nothing to train on: pass data\.val"):
+            data.setup()
