@@ -220,6 +220,7 @@ def test_offloaded_weights_give_the_answers_of_plain_ones(strategy):
     assert len(set(offloaded)) > 1
 
 
+@pytest.mark.slow  # half a minute
 def test_trained_facts_are_recalled_when_asked_in_another_way():
     module = CausalLM(path=TINY_PATH, optimizer=partial(torch.optim.AdamW, lr=2e-3), match_answers="exact")
     data = Facts(
