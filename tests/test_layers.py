@@ -113,7 +113,7 @@ RULES = {
     ),
     "doctor": May("memory", "torch"),
     "plots": May("errors runs writing", "", "matplotlib yaml"),
-    "comparing": May("memory plots words"),
+    "comparing": May("memory plots words writing"),
     "runs": May("errors"),
     "cli": May(
         "errors memory methods behaviour callbacks strategies planning tracing stock export lora adapters merging "

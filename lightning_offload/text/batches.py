@@ -141,8 +141,8 @@ class ResumableLoader(DataLoader[Any]):
 
     The shuffled epochs form one stream. Each iteration goes on where the last one stopped, for as many batches as an
     epoch has: a checkpoint taken anywhere continues with the next sample, also where Lightning counts the epoch as
-    over (the end of ``max_steps``). What counts is samples: with another batch size or number of devices it goes on from
-    there too, but up to a batch at the seam may come again, and the window there counts tokens of other batches.
+    over (the end of ``max_steps``). What counts is samples: with another batch size or number of devices it goes on
+    from there too, but up to a batch at the seam may come again, and the window there counts tokens of other batches.
     """
 
     position: tuple[int, int] | None = None  # epoch, and samples of it used over all devices; None before the first
