@@ -147,8 +147,7 @@ def test_what_a_killed_export_left_is_tidied(tmp_path: Path) -> None:
     folder.rename(tmp_path / ".hf.0a1b.old")  # killed between the two renames
     (tmp_path / ".hf.0a1b.tmp").mkdir()
     (tmp_path / ".hf2.0a1b.tmp").mkdir()  # of another target
-    replacing = written_whole(folder, mark="config.json", what="model", files=[])
-    with replacing:
+    with written_whole(folder, mark="config.json", what="model", files=[]):
         assert (folder / "config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hf2.0a1b.tmp", "hf"]
 

@@ -62,7 +62,7 @@ class Glue(TextData):
         label_field: name of the label's.
         label_names: the classes in their order, instead of the task's. A label is a name or its place in this list.
             Without a task and without names they are those in the training file, in their order; numbers with a
-            fraction are scores.
+            fraction are scores; -1 beside 0 is no label, as on the Hub, unless it is named here.
         train_examples, val_examples, test_examples: at most so many, drawn by `seed`; None for all.
         **common: see `TextData`. Texts are tokenized as the model's tokenizer does it, special tokens and all; where
             it puts none between two texts, a line break does. Longer ones are cut, which is counted and said once.

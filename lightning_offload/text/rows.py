@@ -110,22 +110,27 @@ class Rows(TextData):
             raise line.error(f"the tokenizer's chat template cannot render it ({reason}): change the line.") from error
         labels = [IGNORED] * len(ids)
         for texts in parts:
-            if not all(map(whole.startswith, texts)):
-                raise line.error(
-                    "this chat template renders a turn differently once more follows, so what the assistant said cannot"
-                    " be told apart. Split the conversation: one line per answer."
-                )
-            before, after = self.encode(texts)
-            for text, tokens in zip(texts, (before, after), strict=True):
-                if ids[: len(tokens)] != tokens:
-                    at = len(text)
-                    raise line.error(
-                        f"the tokenizer joins {whole[max(0, at - 10) : at]!r} and {whole[at : at + 10]!r} across the"
-                        " edge of what the assistant said. Take white space off there: off the end of the chat"
-                        " template's generation prompt, or off the message."
-                    )
-            labels[len(before) : len(after)] = after[len(before) :]
+            start, end = self._edges(line, whole, ids, texts)
+            labels[start:end] = ids[start:end]
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+    def _edges(self, line: Line, whole: str, ids: list[int], texts: tuple[str, str]) -> tuple[int, int]:
+        """How many tokens of a conversation are in each of two texts that it begins with."""
+        if not all(map(whole.startswith, texts)):
+            raise line.error(
+                "this chat template renders a turn differently once more follows, so what the assistant said cannot"
+                " be told apart. Split the conversation: one line per answer."
+            )
+        first, second = self.encode(texts)
+        for text, tokens in zip(texts, (first, second), strict=True):
+            if ids[: len(tokens)] != tokens:
+                at = len(text)
+                raise line.error(
+                    f"the tokenizer joins {whole[max(0, at - 10) : at]!r} and {whole[at : at + 10]!r} across the edge"
+                    " of what the assistant said. Take white space off there: off the end of the chat template's"
+                    " generation prompt, or off the message."
+                )
+        return len(first), len(second)
 
     def _before(self, messages: list[dict[str, str]], turn: int) -> str:
         """What stands before the words of a turn; nothing before the first, as templates need a message."""
