@@ -6,6 +6,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from lightning_offload.conf import schema
+
 from lightning_offload.methods.full import FullSettings
 from lightning_offload.methods.lsp import LSPSettings
 from lightning_offload.methods.meft import MEFTSettings
@@ -213,7 +215,7 @@ def _attributes(kind: type) -> dict[str, str]:
 def experiment_rows() -> list[str]:
     """Of each file the command on its first line, and what follows it."""
     rows = []
-    for file in sorted((README.parent / "conf" / "experiment").glob("*.yaml")):
+    for file in sorted((Path(schema.__file__).parent / "experiment").glob("*.yaml")):
         lines = [line.removeprefix("# ") for line in file.read_text().splitlines() if line.startswith("# ")]
         command, said = lines[1].removeprefix("lightning-offload "), " ".join(lines[2:])
         rows.append(f"| `{file.stem}` | `{command}`<br>{said} |")

@@ -86,11 +86,14 @@ def check_positions(network: Any, length: int | None) -> None:
         OffloadError: names both lengths.
     """
     most = getattr(getattr(network, "config", None), "max_position_embeddings", None)
-    if not most or not length or length <= most:
+    if not most or not length:
         return
     words = getattr(network, "get_input_embeddings", lambda: None)()
     tables = [part for part in network.modules() if isinstance(part, nn.Embedding) and part is not words]
-    if any(table.num_embeddings in (most, most + 2) for table in tables):  # OPT keeps two more
+    learned = [table for table in tables if table.num_embeddings in (most, most + 2)]  # OPT keeps two more
+    kept = max((table.padding_idx + 1 for table in learned if table.padding_idx is not None), default=0)  # RoBERTa's
+    most -= kept
+    if learned and length > most:
         raise OffloadError(
             f"data.sequence_length={length:,} is more than the model's {most:,} positions: pass"
             f" data.sequence_length={most} or less."

@@ -141,7 +141,7 @@ def test_every_method_trains_and_the_folder_loads(model_type, config, strategy, 
     optimizer = torch.optim.SGD if strategy is zo2 else torch.optim.AdamW
     module = classifier(model_type, config, label_names=["negative", "positive"], optimizer=partial(optimizer, lr=2e-3))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    data = Glue(path=folder(), task="sst2", batch_size=4, tokenizer=module.tokenizer)
+    data = Glue(path=folder(), task="sst2", batch_size=4, sequence_length=32, tokenizer=module.tokenizer)
     run = trainer(strategy=strategy if strategy == "auto" else strategy(), max_steps=3)
     run.fit(module, data)
     head = [name for name in before if name.startswith(("network.score", "network.classifier"))]
