@@ -164,3 +164,10 @@ def test_what_an_export_refuses(run, refused, given, inputs: Path, tmp_path: Pat
     shutil.move("moved", "base")
     assert {file: file.read_bytes() for file in Path("base").iterdir()} == before
     assert AutoModelForCausalLM.from_pretrained("runs/a/hf")
+
+
+def test_a_run_of_the_shipped_model_is_exported(run) -> None:
+    sizes = ["data.limit_train_tokens=512", "data.limit_val_tokens=128", "trainer.max_steps=1", "hardware=cpu"]
+    assert run("train", "method=none", *QUICK, *sizes, "name=tiny", "export=false") == 0
+    assert run("export", "ckpt_path=runs/tiny", "output=made") == 0
+    assert AutoModelForCausalLM.from_pretrained("made").num_parameters() == 1_916_640

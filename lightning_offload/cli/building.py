@@ -165,8 +165,9 @@ def build_without_weights(cfg: Any) -> Any:
     with parameters_on_meta():
         model = instantiate(cfg.model, _convert_="all", **drawn)
         put_adapters(cfg, model)
-    if drawn and cfg.model.init == "pretrained" and cfg.model.get("path"):
-        take_generation(model.network, cfg.model.path)
+    path = cfg.model.get("path")
+    if drawn and cfg.model.init == "pretrained" and path:
+        take_generation(model.network, instantiate(path) if OmegaConf.is_config(path) else path)
     return model
 
 
